@@ -1,0 +1,733 @@
+"""
+LLaVA: a picture is a few hundred words in a language that a projector speaks.
+
+    picture → vision tower → projector ┐
+                                       merge → Llama → sample → text
+    prompt  → tokenizer    → embed     ┘
+
+LLaVA (Liu et al. 2023, "Visual Instruction Tuning", section 4.1) joins a CLIP vision tower to a Llama by one small trained
+part, the projector: in LLaVA-1.5 (Liu et al. 2023, "Improved Baselines", section 3.2) two linear layers with a GELU between.
+Its outputs are embeddings like those of words; they take the place of <image> in the prompt, and the rest is a language model
+that goes on from there. This file is that paper; vision.py and llama.py hold the two towers, weights.py the file formats.
+
+    python llava.py --model tiny --image tiny/scene.png
+
+    letter   meaning
+    N        pictures, in reading order over the batch
+    P        features of a picture
+    B, T     rows of the batch, positions (new ones, where a cache holds others)
+    D        width of the language model
+    V        size of the vocabulary
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+import llama
+import vision
+import weights
+
+# ----------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@dataclass
+class LlavaConfig:
+    """config.json, in its own field names; defaults: transformers' LlavaConfig."""
+
+    vision_config: vision.VisionConfig = field(default_factory=vision.VisionConfig)
+    text_config: llama.TextConfig = field(default_factory=llama.TextConfig)
+    image_token_index: int = 32000
+    vision_feature_layer: int | list = -2
+    vision_feature_select_strategy: str = "default"
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    eos_token_id: int | list | None = None  # generation_config.json has the last word on where an answer ends
+    description: str | None = None  # shown to whoever runs the model
+
+
+class Projector(nn.Module):
+    """The bridge: two linear layers with an exact GELU between them (LlavaMultiModalProjector)."""
+
+    def __init__(self, config):
+        super().__init__()
+        layers = len(as_list(config.vision_feature_layer))  # several layers of the tower come side by side
+        width = config.text_config.hidden_size
+        self.linear_1 = nn.Linear(layers * config.vision_config.hidden_size, width, config.multimodal_projector_bias)
+        self.linear_2 = nn.Linear(width, width, config.multimodal_projector_bias)
+
+    def forward(self, x):
+        return self.linear_2(F.gelu(self.linear_1(x)))  # (N, P, D)
+
+
+@dataclass
+class LlavaOutput:
+    """What forward returns; T counts expanded positions.
+
+    loss () float32 · logits (B, T, V) · kv_cache as it was passed in · hidden_states: layers + 1 of (B, T, D), the last after
+    the final norm · attentions: layers of (B, H, T, S) · image_hidden_states (N, P, D), the features that were merged.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    kv_cache: dict | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class Llava(nn.Module):
+    """A vision tower, a projector and a language model (LlavaForConditionalGeneration)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision = vision.VisionTower(config.vision_config)
+        self.projector = Projector(config)
+        self.llama = llama.Llama(config.text_config)
+        self.init_weights()
+
+    @property
+    def device(self):
+        return self.llama.embed.weight.device
+
+    @property
+    def dtype(self):
+        return self.llama.embed.weight.dtype
+
+    @property
+    def eos_token_ids(self):
+        """The ids that end an answer."""
+        ids = self.config.eos_token_id
+        return as_list(self.config.text_config.eos_token_id if ids is None else ids)
+
+    @property
+    def pad_token_id(self):
+        """The id that fills a row which is shorter than the others; the mask keeps it from being read."""
+        return self.eos_token_ids[0] if self.config.pad_token_id is None else self.config.pad_token_id
+
+    def get_image_features(self, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None):
+        """Pictures (N, 3, H, W) → one embedding for each patch, (N, P, D) (LlavaModel.get_image_features).
+
+        vision_feature_layer: which hidden states of the tower to read, an int or a list of them, side by side.
+        vision_feature_select_strategy: "default" leaves the class token out, "full" keeps it. None: as the config says.
+        """
+        layers = as_list(self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer)
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if strategy not in ("default", "full"):
+            raise ValueError(f"vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
+        states = self.vision(pixel_values.to(self.device), layers)
+        x = torch.cat(states, dim=-1)  # (N, P + 1, layers * width of the tower)
+        x = self.projector(x[:, 1:] if strategy == "default" else x)  # (N, P, D)
+        return check_finite(x, "the picture features")
+
+    def merge(self, input_ids, features=None):
+        """Embed the ids (B, T) and put the features (N, P, D) where the image tokens stand → (B, T, D).
+
+        By position, whatever the values are: an embedding of zeros is text. The image token itself is never embedded.
+        Raises ValueError unless there is exactly one image token for each feature.
+        """
+        is_image = input_ids == self.config.image_token_index  # (B, T)
+        tokens = int(is_image.sum())
+        pictures, size = (0, 0) if features is None else features.shape[:2]
+        if tokens != pictures * size:
+            raise ValueError(
+                f"the prompt holds {tokens} image tokens and {pictures} pictures were given: it takes one <image> for each "
+                f"picture (or {size or 'all its features'} in a row, if they are expanded already)"
+            )
+        x = self.llama.embed(input_ids.masked_fill(is_image, 0))  # (B, T, D)
+        return x if features is None else x.masked_scatter(is_image[..., None], features.to(x.dtype))
+
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        kv_cache=None,
+        inputs_embeds=None,
+        labels=None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+        output_hidden_states=False,
+        output_attentions=False,
+        logits_to_keep=0,
+    ):
+        """One pass over whole prompts, a chunk or a single step → LlavaOutput.
+
+        input_ids (B, T) int64, the image token once for each picture or once for each feature; or inputs_embeds (B, T, D),
+        merged already. pixel_values (N, 3, H, W). attention_mask (B, past + T), 1 = real. position_ids (B, T).
+        kv_cache: from init_kv_cache, filled in place. labels (B, T): -100 is ignored, as are the positions of pictures.
+        logits_to_keep: only the last so many positions get logits; 0: all.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        features = None
+        if inputs_embeds is not None:
+            if pixel_values is not None:
+                raise ValueError("inputs_embeds come merged: pixel_values beside them would not be used")
+            x = inputs_embeds.to(self.device)
+        else:
+            input_ids = input_ids.to(self.device)
+            attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
+            if pixel_values is not None:
+                features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
+                input_ids, attention_mask, labels = self.expand(input_ids, attention_mask, labels, *features.shape[:2])
+            x = self.merge(input_ids, features)  # (B, T, D)
+
+        x, hidden_states, attentions = self.llama(
+            x, attention_mask, position_ids, kv_cache, output_hidden_states, output_attentions
+        )
+        logits = self.llama.head(x[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            labels = labels.to(self.device)
+            if input_ids is not None:
+                labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
+            loss = next_token_loss(logits, labels[:, -logits_to_keep:])
+        return LlavaOutput(loss, logits, kv_cache, hidden_states, attentions, features)
+
+    def expand(self, input_ids, attention_mask, labels, pictures, size):
+        """Grow the image token of each picture into `size` of them, and mask and labels with it, as transformers 4.38 does inside
+        the model and transformers 5 in its processor. What is grown already is returned as it is.
+
+        Rows of unequal length are padded again, on the left, unless the mask says that they were padded on the right.
+        """
+        is_image = input_ids == self.config.image_token_index  # (B, T)
+        if int(is_image.sum()) != pictures or size == 1:  # a wrong number is for merge to report
+            return input_ids, attention_mask, labels
+        new = input_ids.shape[1]
+        past, mask = attention_mask[:, :-new], attention_mask[:, -new:]
+        on_the_right = not mask[:, -1].all()
+        copies = torch.where(is_image, size, 1)  # (B, T)
+        longest = int(copies.sum(1).max())
+
+        def grow(x, padding):
+            rows = [row.repeat_interleave(times) for row, times in zip(x, copies, strict=True)]
+            gaps = [longest - len(row) for row in rows]
+            sides = [(0, gap) if on_the_right else (gap, 0) for gap in gaps]
+            return torch.stack([F.pad(row, side, value=padding) for row, side in zip(rows, sides, strict=True)])
+
+        mask = torch.cat([past, grow(mask, False)], dim=1)
+        labels = None if labels is None else grow(labels.to(self.device), -100)
+        return grow(input_ids, self.pad_token_id), mask, labels
+
+    def init_kv_cache(self, batch_size, max_length):
+        """An empty cache for max_length positions, a dict of tensors; see llama.init_kv_cache for what is in it."""
+        return llama.init_kv_cache(self.config.text_config, batch_size, max_length, self.dtype, self.device)
+
+    @torch.no_grad()
+    def stream(
+        self, input_ids, pixel_values=None, attention_mask=None, *,
+        max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, seed=None, kv_cache=None,
+    ):  # fmt: skip
+        """Yield the next id of every row, (B,) int64, until each row has met an end-of-sequence id or max_new_tokens are made.
+
+        A row that has ended yields the pad id. Greedy at temperature 0, above it drawn from llama.filtered, with a seed of its
+        own or torch's. kv_cache: goes on from there, with room for the prompt and all new tokens but the last, which is not put
+        into it. Raises ValueError for an option out of range.
+        """
+        llama.check_sampling(max_new_tokens, temperature, top_k, top_p)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        eos = torch.tensor(self.eos_token_ids, device=self.device)
+        going = torch.ones(len(input_ids), dtype=torch.bool, device=self.device)  # (B,)
+
+        def choose(logits):
+            nonlocal going
+            ids = llama.sample(logits, temperature, top_k, top_p, generator).where(going, self.pad_token_id)  # (B,)
+            real, going = going, going & ~torch.isin(ids, eos)
+            return ids, None, real, bool(going.any())
+
+        yield from self.steps(input_ids, pixel_values, attention_mask, kv_cache, max_new_tokens, choose)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids, pixel_values=None, attention_mask=None, *,
+        max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, num_beams=1, seed=None, kv_cache=None,
+    ):  # fmt: skip
+        """The answers of all rows, (B, new tokens) int64: the new ids only, filled with the pad id behind the end of a row.
+
+        The arguments are those of stream; num_beams above 1 searches for the likeliest answer instead of going greedily
+        (Graves 2012; GenerationMixin._beam_search). A search leaves only the prompt in kv_cache.
+        """
+        if num_beams == 1:
+            options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+            return torch.stack(list(self.stream(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, **options)), dim=1)
+        llama.check_sampling(max_new_tokens, temperature, top_k, top_p, num_beams)
+        beams = llama.init_beams(len(input_ids), num_beams, max_new_tokens, self.pad_token_id, self.device)
+
+        def choose(logits):
+            ids, parents, more = llama.beam_step(beams, logits, self.eos_token_ids)
+            return ids, parents, torch.ones_like(ids, dtype=torch.bool), more
+
+        for _ in self.steps(input_ids, pixel_values, attention_mask, kv_cache, max_new_tokens, choose, num_beams):
+            pass
+        return llama.best_beams(beams)
+
+    def steps(self, input_ids, pixel_values, attention_mask, kv_cache, max_new_tokens, choose, copies=1):
+        """The one loop over time: prefill, then choose and step in turn; yields the ids of each step.
+
+        choose: logits (rows, V) → ids (rows,), the parents of the rows or None, which ids are real tokens (rows,), and whether
+        to go on. copies: how many rows the step has for each row of the prompt.
+        """
+        input_ids = input_ids.to(self.device)
+        if pixel_values is not None:  # grown here already, to know how much room is needed
+            attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
+            size = self.vision.grid**2 + (self.config.vision_feature_select_strategy == "full")
+            input_ids, attention_mask, _ = self.expand(input_ids, attention_mask, None, len(pixel_values), size)
+        B, T = input_ids.shape
+        if kv_cache is None:
+            kv_cache = self.init_kv_cache(B, T + max_new_tokens - 1)
+        elif copies == 1:
+            llama.check_cache(kv_cache, B, T + max_new_tokens - 1)
+        logits = self(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, logits_to_keep=1).logits  # (B, 1, V)
+        if copies > 1:
+            kv_cache = llama.fork_cache(kv_cache, copies, max_new_tokens - 1)
+            logits = logits.repeat_interleave(copies, dim=0)
+        for step in range(max_new_tokens):
+            ids, parents, real, more = choose(check_finite(logits[:, -1], "the logits"))
+            yield ids
+            if not more or step == max_new_tokens - 1:
+                return
+            if parents is not None:
+                llama.reorder_cache(kv_cache, parents)
+            attention_mask = torch.cat([kv_cache["real"][:, : llama.length(kv_cache)], real[:, None]], dim=1)
+            logits = self(ids[:, None], attention_mask=attention_mask, kv_cache=kv_cache).logits  # (rows, 1, V)
+
+    def reorder_cache(self, kv_cache, beam_idx):
+        """Row b of the cache becomes a copy of row beam_idx[b], in place. beam_idx (B,) int64."""
+        llama.reorder_cache(kv_cache, beam_idx)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Random weights for training from scratch, drawn from the reference's distributions."""
+        self.vision.init_weights()
+        self.llama.init_weights()
+        for layer in (self.projector.linear_1, self.projector.linear_2):
+            nn.init.normal_(layer.weight, std=0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def next_token_loss(logits, labels):
+    """Mean cross-entropy of each position's logits (B, T, V) with the next position's label (B, T), -100 left out.
+
+    In float32, whatever the logits are (ForCausalLMLoss). nan if no label is left.
+    """
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def check_finite(x, stage):
+    """Return x, or say at which stage numbers went out of range, before they become an answer of exclamation marks."""
+    if not x.isfinite().all():
+        raise ValueError(f"{stage} are not finite in {x.dtype}: use a dtype of wider range, bfloat16 or float32")
+    return x
+
+
+def as_list(x):
+    return list(x) if isinstance(x, (list, tuple)) else [x]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The prompt
+
+IMAGE = "<image>"
+TEMPLATES = {  # text_config.model_type → what stands before a user's words, and between them and the answer
+    "llama": ("USER: ", " ASSISTANT:"),
+    "mistral": ("USER: ", "\nASSISTANT:"),  # as BakLlava's card has it; the template in its repository is another model's
+}
+AUTHORS_SYSTEM = (  # the sentence that the authors' own code puts in front of every prompt (conv_vicuna_v1)
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class Processor:
+    """Text and pictures → what the model takes, and ids → text (LlavaProcessor)."""
+
+    def __init__(self, tokenizer, preprocess_config, config):
+        self.tokenizer = tokenizer
+        self.preprocess_config = preprocess_config
+        self.image_id = config.image_token_index
+        self.eos_id = as_list(config.text_config.eos_token_id if config.eos_token_id is None else config.eos_token_id)[0]
+        self.pad_id = self.eos_id if config.pad_token_id is None else config.pad_token_id
+        self.before, self.after = TEMPLATES[config.text_config.model_type]
+        if tokenizer.id(IMAGE) != self.image_id:
+            raise ValueError(f"tokenizer.json gives {IMAGE} the id {tokenizer.id(IMAGE)}, config.json {self.image_id}")
+
+    def __call__(self, text, images=None, pad=None):
+        """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and, with pictures, pixel_values.
+
+        text: special tokens in it count as such; one <image> for each picture. Rows are padded on the left to the longest.
+        images: a PIL image, a path, or a list of them in reading order over all rows. pad: as in vision.preprocess.
+        input_ids and attention_mask (B, T) int64, pixel_values (N, 3, H, W) float32. Raises ValueError or OSError.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        return self.inputs([self.tokenizer.start + self.tokenizer.encode(text) for text in texts], images, pad)
+
+    def chat(self, turns, images=None, pad=None):
+        """A conversation in the checkpoint's own form → the same dict. turns: a list of (role, words), the roles being
+        system, user and assistant; the words are plain text, whatever they look like. All pictures belong to the first
+        user turn. After a user turn the answer is asked for.
+        """
+        images = [] if images is None else as_list(images)
+        return self.inputs([self.tokenizer.start + self.encode(self.turns(turns, len(images)))], images, pad)
+
+    def prompt(self, question, images=1):
+        """The form of a first question as a string, for reading: what chat encodes."""
+        return self.written(self.turns([("user", question)], images))
+
+    def decode(self, ids):
+        """ids (T,) → text, without special tokens."""
+        return self.tokenizer.decode(ids)
+
+    def inputs(self, rows, images, pad):
+        """Rows of ids and pictures → the dict that the model takes."""
+        images = [] if images is None else as_list(images)
+        wanted = sum(row.count(self.image_id) for row in rows)
+        if wanted != len(images):
+            raise ValueError(f"the prompt holds {wanted} {IMAGE} and {len(images)} pictures were given: it takes one for each")
+        longest = max(len(row) for row in rows)
+        ids = [[self.pad_id] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        if images:
+            images = [image if isinstance(image, Image.Image) else vision.open_image(image) for image in images]
+            inputs["pixel_values"] = torch.stack([vision.preprocess(image, self.preprocess_config, pad) for image in images])
+        return inputs
+
+    def turns(self, turns, images=0):
+        """A conversation as a list of pieces: text as str, special tokens as their ids."""
+        pieces = []
+        for role, words in turns:
+            if role == "system":
+                pieces += [words + " "]
+            elif role == "user":
+                pieces += [self.before, *[self.image_id, "\n"] * images, words, self.after]
+                images = 0
+            elif role == "assistant":
+                pieces += [" " + words, self.eos_id]
+            else:
+                raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
+        if images:
+            raise ValueError("pictures were given, but no user turn that they could belong to")
+        return pieces
+
+    def encode(self, pieces):
+        """Pieces → ids. What stands between two special tokens is encoded as a whole, as the tokenizer does it."""
+        ids, text = [], ""
+        for piece in [*pieces, None]:
+            if isinstance(piece, str):
+                text += piece
+                continue
+            ids += self.tokenizer.encode(text, special=False)
+            text = ""
+            ids += [] if piece is None else [piece]
+        return ids
+
+    def written(self, pieces):
+        """Pieces → the string that they stand for."""
+        return "".join(piece if isinstance(piece, str) else self.tokenizer.bpe.id_to_token(piece) for piece in pieces)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# From a folder or the Hub, and back
+
+
+def load(model, *, device="auto", dtype="auto", revision=None):
+    """A checkpoint → (Llava, Processor).
+
+    model: a folder, "tiny", or a Hub id, which is downloaded once. device: "auto", "cpu", "cuda", "cuda:1", "mps".
+    dtype: a torch dtype, its name, or "auto": on a GPU what the checkpoint is stored in, on a CPU what is fastest there.
+    Raises ValueError or OSError with a finished sentence; nothing is read before everything is checked.
+    """
+    device = pick_device(device)
+    dtype = dtype if dtype == "auto" else pick_dtype(dtype)
+    folder = weights.find(model, revision)
+    config, preprocess_config = read_config(folder)
+    processor = Processor(llama.Tokenizer(folder / "tokenizer.json"), preprocess_config, config)
+    with torch.device("meta"):
+        llava = Llava(config).eval()
+    found = weights.scan(llava, folder)
+    if dtype == "auto":
+        dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava))
+    check_memory(llava, device, dtype)
+    weights.read(llava, found, dtype, device)
+    return llava, processor
+
+
+def read_config(folder):
+    """The JSON files of a checkpoint → LlavaConfig, PreprocessConfig. Raises ValueError that names the field."""
+    where = folder / "config.json"
+    values = weights.read_json(where)
+    if "mm_vision_tower" in values or "mm_projector_type" in values:
+        raise ValueError(f"{where} is of the authors' own format: use the same model as llava-hf converted it")
+    if values.get("model_type") != "llava":
+        name = (values.get("architectures") or [values.get("model_type")])[0]
+        raise ValueError(f"{where} describes a {name}; this is LLaVA (LlavaForConditionalGeneration) and runs nothing else")
+    text = dict(values.pop("text_config", None) or {})
+    tower = dict(values.pop("vision_config", None) or PUBLISHED_TOWER)
+    kind = text.pop("model_type", None) or "llama"
+    if kind not in TEMPLATES:
+        raise ValueError(f"{where}: text_config.model_type is {kind!r}; {' and '.join(TEMPLATES)} are supported")
+    if tower.pop("model_type", "clip_vision_model") != "clip_vision_model":
+        raise ValueError(f"{where}: vision_config.model_type is another than 'clip_vision_model', which alone is supported")
+    rope = {**(text.pop("rope_scaling", None) or {}), **(text.pop("rope_parameters", None) or {})}
+    if rope.pop("rope_type", rope.pop("type", "default")) != "default":
+        raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
+    text = {"model_type": kind, **(MISTRAL if kind == "mistral" else {}), **text, **rope}
+    if "sliding_window" in text and kind == "llama":
+        del text["sliding_window"]  # Llama has none, whatever its config says
+
+    fixed = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
+    text = weights.fill(llama.TextConfig, text, f"{where}: text_config", **fixed)
+    tower = weights.fill(vision.VisionConfig, tower, f"{where}: vision_config", hidden_act="quick_gelu")
+    config = weights.fill(LlavaConfig, values, where, projector_hidden_act="gelu")
+    text.tie_word_embeddings = config.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
+    config.text_config, config.vision_config = text, tower
+
+    if (folder / "generation_config.json").exists():
+        generation = weights.read_json(folder / "generation_config.json")
+        config.eos_token_id = generation.get("eos_token_id", config.eos_token_id)
+        config.pad_token_id = generation.get("pad_token_id", config.pad_token_id)
+    return config, read_preprocess_config(folder, tower.image_size)
+
+
+MISTRAL = {  # where transformers' MistralConfig has other defaults than LlamaConfig
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+PUBLISHED_TOWER = {  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+STEPS = dict(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)  # preprocess has all
+
+
+def read_preprocess_config(folder, image_size):
+    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps it → PreprocessConfig."""
+    where = folder / "preprocessor_config.json"
+    if where.exists():
+        values = weights.read_json(where)
+    else:
+        where = folder / "processor_config.json"
+        values = weights.read_json(where).get("image_processor")
+        if not isinstance(values, dict):
+            raise ValueError(f"{folder} holds no preprocessor_config.json, and its processor_config.json no image_processor")
+    if not values.get("image_processor_type", "CLIP").startswith(("CLIP", "Llava")):
+        raise ValueError(f"{where}: image_processor_type is {values['image_processor_type']!r}; only CLIP's is supported")
+    size, crop = values.get("size", 224), values.get("crop_size", 224)
+    values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
+    values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    config = weights.fill(vision.PreprocessConfig, values, where, **STEPS)
+    if set(config.size) != {"shortest_edge"} or config.crop_size != {"height": image_size, "width": image_size}:
+        raise ValueError(
+            f"{where}: size {config.size} and crop_size {config.crop_size} are not supported: the picture's shortest_edge "
+            f"must be given, and the crop be the {image_size} pixels of the vision tower"
+        )
+    return config
+
+
+def save(model, processor, folder):
+    """Write a checkpoint in the published layout, which load and transformers read."""
+    config, folder = model.config, Path(folder)
+    name = str(model.dtype).removeprefix("torch.")
+    values = dataclasses.asdict(config)
+    values |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": name}
+    values["vision_config"] |= {"model_type": "clip_vision_model"}
+    values |= {"projector_hidden_act": "gelu", "vocab_size": config.text_config.vocab_size}
+    preprocessor = dataclasses.asdict(processor.preprocess_config) | STEPS | {"image_processor_type": "CLIPImageProcessor"}
+    generation = {
+        "bos_token_id": config.text_config.bos_token_id, "eos_token_id": model.eos_token_ids, "pad_token_id": model.pad_token_id,
+    }  # fmt: skip
+    configs = {
+        "config.json": values, "preprocessor_config.json": preprocessor, "generation_config.json": generation,
+    }  # fmt: skip
+    weights.write(model, folder, configs)
+    processor.tokenizer.bpe.save(str(folder / "tokenizer.json"))
+
+
+def pick_device(name):
+    """A device's name, or auto for the best there is → torch.device. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        return torch.device(next(kind for kind, number in there.items() if number))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}: auto, {', '.join(there)} are known") from None
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise ValueError(f"this machine has no device {str(device)!r}, or torch was built without it: try --device cpu")
+    return device
+
+
+def pick_dtype(dtype):
+    """A floating-point torch dtype, or its name → the torch dtype."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in weights.DTYPES.values()}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"there is no dtype {name!r} here: auto, {', '.join(known)} are known")
+    return known[name]
+
+
+def fastest_dtype(model, device, stored):
+    """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
+    reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed.
+    """
+    if device.type != "cpu":
+        return stored if stored.itemsize == 2 else torch.float32
+    large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
+    return torch.bfloat16 if large and native and stored.itemsize == 2 else torch.float32
+
+
+def check_memory(model, device, dtype):
+    """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
+    needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise ValueError(
+            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
+            f"{there / 1e9:.1f} GB: try a smaller dtype, another device or --model tiny"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line: answers to stdout, everything else to stderr
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one line for a mistake instead of two."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+
+def parse(arguments):
+    parser = Parser(prog="llava.py", description="Ask a LLaVA about pictures.")
+    add = parser.add_argument
+    add("--image", nargs="+", default=[], metavar="FILE", help="pictures; - reads one from standard input")
+    add("--prompt", default="Describe the image.", metavar="TEXT", help="the question (default: %(default)s)")
+    add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="NAME", help="a Hub id, a folder, or tiny (default: %(default)s)")
+    add("--revision", metavar="REV", help="a branch, tag or commit of the Hub's repository")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="the answer's longest length (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, metavar="T", help="above 0: sample; 0: the likeliest word each time (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that together reach P")
+    add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    add("--seed", type=int, metavar="N", help="of the sampling, to repeat it")
+    add("--pad", action="store_true", default=None, help="pad to a square, as the authors' code does, instead of cropping to one")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit status."""
+    warnings.showwarning = lambda message, *_, **__: print(f"notice: {message}", file=sys.stderr)
+    try:
+        options = parse(arguments)
+        llama.check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+        images = [vision.open_image(sys.stdin.buffer if name == "-" else name) for name in options.image]
+        model, processor = load(options.model, device=options.device, dtype=options.dtype, revision=options.revision)
+        if model.config.description:
+            print(f"notice: {model.config.description}", file=sys.stderr)
+        inputs = processor.chat([("user", options.prompt)], images, options.pad)
+        answer(model, processor, inputs, options)
+    except BrokenPipeError:  # the reader of stdout went away, as in `… | head -c 10`: not our mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:  # the finished sentences that are raised throughout
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: the device has too little memory: try a smaller dtype, or --device cpu", file=sys.stderr)
+        return 2
+    return 0
+
+
+def answer(model, processor, inputs, options):
+    """Stream one answer to stdout, and what it cost to stderr."""
+    cost = Cost(model)
+    ids = model.stream(
+        **inputs,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    for text in processor.tokenizer.stream(cost.count(ids)):
+        print(text, end="", flush=True)
+    print(flush=True)
+    print(cost, file=sys.stderr)
+
+
+class Cost:
+    """Clocks around the stages of an answer, by hooks on the modules, so that the model itself knows nothing of it."""
+
+    def __init__(self, model):
+        self.device, self.marks, self.tokens = model.device, {}, 0
+        hooks = [
+            model.vision.register_forward_pre_hook(lambda *_: self.mark("image")),
+            model.llama.register_forward_pre_hook(lambda *_: self.mark("prefill")),
+        ]
+        self.remove = lambda: [hook.remove() for hook in hooks]
+
+    def mark(self, stage):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.marks.setdefault(stage, time.perf_counter())
+
+    def count(self, ids):
+        """The same ids, of the first row, counted."""
+        for step in ids:
+            self.mark("first")
+            self.tokens += 1
+            yield int(step[0])
+        self.mark("end")
+        self.remove()
+
+    def __str__(self):
+        marks = self.marks
+        image = f"image {1000 * (marks['prefill'] - marks['image']):.0f} ms, " if "image" in marks else ""
+        prefill = f"prefill {1000 * (marks['first'] - marks['prefill']):.0f} ms, "
+        rate = (self.tokens - 1) / max(marks["end"] - marks["first"], 1e-9)
+        speed = f"{self.tokens} tokens, {rate:.1f} tokens/s, " if self.tokens > 1 else f"{self.tokens} token, "
+        return f"{image}{prefill}{speed}peak memory {peak_memory(self.device) / 1e9:.2f} GB"
+
+
+def peak_memory(device):
+    """The most memory that was used so far, in bytes: of the GPU, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from reference import FAMILIES, load_reference, make_checkpoint
+
+import llava
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """family → the folder of a random checkpoint in the published layout, float32."""
+    return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def pairs(checkpoints):
+    """family → (our model, our processor, the reference), all in float64."""
+    return {
+        family: (*llava.load(str(folder), device="cpu", dtype=torch.float64), load_reference(folder))
+        for family, folder in checkpoints.items()
+    }
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def pair(pairs, family):
+    """(our model, our processor, the reference), for each of the two families in turn."""
+    return pairs[family]
+
+
+@pytest.fixture
+def model(pair):
+    return pair[0]
+
+
+@pytest.fixture
+def processor(pair):
+    return pair[1]
+
+
+@pytest.fixture
+def reference(pair):
+    return pair[2]
+
+
+@pytest.fixture(scope="session")
+def data():
+    """Real pictures and the real Vicuna tokenizer, which are not part of this repository."""
+    folder = Path(os.environ.get("LLAVA_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("needs real pictures and the published tokenizer: set LLAVA_TEST_DATA to their folder")
+    return folder

@@ -1,0 +1,380 @@
+"""
+How the numbers are stored: the only file that knows.
+
+    find a checkpoint → read its configs → map every tensor's name onto ours → check → cast → (and write it all back)
+
+A checkpoint is a folder of JSON files and of safetensors files (a JSON header with names, shapes and offsets, then the raw
+numbers). Nothing here unpickles, and loading is strict both ways: each tensor of the files is used exactly once, each
+parameter of the model is set exactly once, or there is an error that names the one that was not.
+
+Notebook: the bug zoo.
+"""
+
+import dataclasses
+import json
+import re
+import types
+import typing
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+# ----------------------------------------------------------------------------------------------------------------
+# Names. Read from left to right to load, from right to left to save.
+
+NAMES = [  # as llava-hf publishes them → as the modules call them; {i} is the number of the block
+    ("vision_tower.vision_model.embeddings.class_embedding", "vision.class_embedding"),
+    ("vision_tower.vision_model.embeddings.patch_embedding.weight", "vision.patch_embedding.weight"),
+    ("vision_tower.vision_model.embeddings.position_embedding.weight", "vision.position_embedding"),
+    ("vision_tower.vision_model.pre_layrnorm", "vision.pre_norm"),  # sic
+    ("vision_tower.vision_model.encoder.layers.{i}.layer_norm1", "vision.blocks.{i}.norm1"),
+    ("vision_tower.vision_model.encoder.layers.{i}.self_attn.q_proj", "vision.blocks.{i}.attention.wq"),
+    ("vision_tower.vision_model.encoder.layers.{i}.self_attn.k_proj", "vision.blocks.{i}.attention.wk"),
+    ("vision_tower.vision_model.encoder.layers.{i}.self_attn.v_proj", "vision.blocks.{i}.attention.wv"),
+    ("vision_tower.vision_model.encoder.layers.{i}.self_attn.out_proj", "vision.blocks.{i}.attention.wo"),
+    ("vision_tower.vision_model.encoder.layers.{i}.layer_norm2", "vision.blocks.{i}.norm2"),
+    ("vision_tower.vision_model.encoder.layers.{i}.mlp.fc1", "vision.blocks.{i}.mlp.fc1"),
+    ("vision_tower.vision_model.encoder.layers.{i}.mlp.fc2", "vision.blocks.{i}.mlp.fc2"),
+    ("vision_tower.vision_model.post_layernorm", "vision.post_norm"),
+    ("multi_modal_projector.linear_1", "projector.linear_1"),
+    ("multi_modal_projector.linear_2", "projector.linear_2"),
+    ("language_model.model.embed_tokens.weight", "llama.embed.weight"),
+    ("language_model.model.layers.{i}.input_layernorm.weight", "llama.blocks.{i}.attention_norm.weight"),
+    ("language_model.model.layers.{i}.self_attn.q_proj.weight", "llama.blocks.{i}.attention.wq.weight"),
+    ("language_model.model.layers.{i}.self_attn.k_proj.weight", "llama.blocks.{i}.attention.wk.weight"),
+    ("language_model.model.layers.{i}.self_attn.v_proj.weight", "llama.blocks.{i}.attention.wv.weight"),
+    ("language_model.model.layers.{i}.self_attn.o_proj.weight", "llama.blocks.{i}.attention.wo.weight"),
+    ("language_model.model.layers.{i}.post_attention_layernorm.weight", "llama.blocks.{i}.mlp_norm.weight"),
+    ("language_model.model.layers.{i}.mlp.gate_proj.weight", "llama.blocks.{i}.mlp.gate.weight"),
+    ("language_model.model.layers.{i}.mlp.up_proj.weight", "llama.blocks.{i}.mlp.up.weight"),
+    ("language_model.model.layers.{i}.mlp.down_proj.weight", "llama.blocks.{i}.mlp.down.weight"),
+    ("language_model.model.norm.weight", "llama.norm.weight"),
+    ("language_model.lm_head.weight", "llama.head.weight"),
+]
+# a name without a dot-weight stands for both of a pair, weight and bias
+NAMES = [
+    (theirs + end, ours + end)
+    for theirs, ours in NAMES
+    for end in ([""] if theirs.endswith(("weight", "class_embedding")) else [".weight", ".bias"])
+]
+OURS, THEIRS = dict(NAMES), {ours: theirs for theirs, ours in NAMES}
+
+LAYOUTS = [  # the first matching beginning is replaced: other ages of the library saved other ones
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower.vision_model."),  # the authors' own
+    ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # transformers 4.52 to 4.57 in memory
+    ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 in memory
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # as published
+    ("vision_tower.", "vision_tower.vision_model."),  # saved by transformers 5
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),  # the authors' own; 1 is the GELU
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("multi_modal_projector.", "multi_modal_projector."),
+    ("model.language_model.", "language_model.model."),
+    ("language_model.", "language_model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),  # the authors' own
+]
+
+UNUSED = [  # known tensors that the model has no use for, and why
+    (r"\.embeddings\.position_ids$", "0, 1, 2, …: written by old versions, a position is its own index"),
+    (r"\.rotary_emb\.inv_freq$", "computed from rope_theta"),
+]
+
+
+def our_name(name):
+    """A tensor's name in a file of any layout → ours, None if no parameter has it."""
+    for beginning, published in LAYOUTS:
+        if name.startswith(beginning):
+            return translate(published + name.removeprefix(beginning), OURS)
+    return None
+
+
+def translate(name, table):
+    """Look a name up with its first number as {i}; None if it is not there."""
+    number = re.search(r"\.(0|[1-9]\d{0,3})\.", name)
+    if number is None:
+        return table.get(name)
+    found = table.get(name.replace(number[0], ".{i}.", 1))
+    return found and found.replace("{i}", number[1])
+
+
+def is_unused(name):
+    return any(re.search(pattern, name) for pattern, _ in UNUSED)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where a checkpoint is
+
+CONFIGS = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def find(model, revision=None):
+    """A folder, "tiny" or a Hub id → the folder (pathlib.Path). A Hub id is downloaded unless the Hub's cache has it.
+
+    Raises OSError with a finished sentence.
+    """
+    if model == "tiny":
+        return Path(__file__).resolve().parent / "tiny"
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
+        raise OSError(f"there is no model folder {model}: give a folder, a Hub id such as llava-hf/llava-1.5-7b-hf, or tiny")
+    return download(model, revision)
+
+
+def download(repo, revision=None):
+    """Bring the files that are needed, and no others, into the Hub's cache; a broken download goes on where it stopped.
+
+    Obeys HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Returns the folder of the snapshot.
+    """
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    here = f"{repo} at revision {revision}" if revision else repo
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*CONFIGS, INDEX]))
+        revision = folder.name  # the commit, so that both halves are of the same one
+        files = [file.name for file in shards(folder)] if (folder / INDEX).exists() else [SINGLE]
+        snapshot_download(repo, revision=revision, allow_patterns=files)
+        if not (folder / files[0]).exists() and not is_offline():
+            kept = [name for name in HfApi().list_repo_files(repo, revision=revision) if name.endswith((".bin", ".pt", ".pth"))]
+            if kept:
+                raise OSError(pickled(here, kept[0]))
+    except errors.GatedRepoError:
+        raise OSError(f"{here} asks for a consent: give it on its page and set HF_TOKEN") from None
+    except errors.RevisionNotFoundError:
+        raise OSError(f"{repo} has no revision {revision}") from None
+    except errors.RepositoryNotFoundError:
+        raise OSError(f"{here} is neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set" if is_offline() else "the Hub cannot be reached"
+        raise OSError(f"{here} is not in the cache and {why}: give a folder, or --model tiny") from None
+    except errors.HfHubHTTPError as error:
+        raise OSError(f"the Hub refused {here}: {str(error).splitlines()[0]}") from None
+    return folder
+
+
+def is_offline():
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def pickled(where, name):
+    return (
+        f"{where} holds its weights only as {name}: such files are pickled, can run any code when opened and are not read here. "
+        f"Ask for a repository with .safetensors files"
+    )
+
+
+def shards(folder):
+    """The safetensors files of a checkpoint, in order. Raises OSError or ValueError with a finished sentence."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        kept = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+        raise OSError(pickled(folder, kept[0]) if kept else f"{folder} holds neither {SINGLE} nor {INDEX}")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+    for name in names:
+        # the index comes from outside: a name with a path in it would make us open any file of this machine
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
+            raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, which is not the bare name of a .safetensors file")
+    return [folder / name for name in sorted(names)]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Configs
+
+
+def read_json(file):
+    """A JSON file that holds an object → dict. Raises OSError or ValueError with a finished sentence."""
+    try:
+        if file.stat().st_size > 50e6:
+            raise ValueError(f"{file} is too large to be a config")
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return values
+
+
+IGNORED = {  # fields that do not change what the model computes, of the model's own config …
+    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "description", "dropout", "dtype",
+    "eos_token_id", "ignore_index", "image_seq_length", "initializer_factor", "initializer_range", "is_composition",
+    "max_window_layers", "model_type", "num_image_tokens", "pad_token_id", "pretraining_tp", "processor_class", "projection_dim",
+    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "use_image_newline_parameter",
+    "vocab_size", "_name_or_path",
+    # … of the preprocessor's …
+    "data_format", "feature_extractor_type", "image_processor_type", "_valid_processor_keys",
+    # … and those that every config of transformers 4 carried along when it was saved in full
+    "begin_suppress_tokens", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample",
+    "early_stopping", "encoder_no_repeat_ngram_size", "id2label", "label2id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
+    "output_scores", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature", "tf_legacy_loss", "tie_word_embeddings", "tokenizer_class",
+    "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16",
+}  # fmt: skip
+
+
+def fill(cls, values, where, **fixed):
+    """A dataclass from a JSON object; what is absent or null takes the class's default.
+
+    fixed: fields that this code honours for one value only. Raises ValueError that names the field: of a wrong type or size,
+    fixed to another value, or neither known nor empty, since it might change what the model computes.
+    """
+    types_ = {field.name: field.type for field in dataclasses.fields(cls)}
+    known = {}
+    for name, value in values.items():
+        if name in fixed:
+            if value != fixed[name] and value is not None:
+                raise ValueError(f"{where}: {name} is {value!r}, and only {fixed[name]!r} is supported")
+        elif name in types_:
+            if value is not None:
+                known[name] = checked(value, types_[name], f"{where}: {name}")
+        elif name not in IGNORED and value not in (None, False, [], {}):
+            raise ValueError(f"{where}: the field {name} = {value!r} is not known here and might change what the model computes")
+    return cls(**known)
+
+
+def checked(value, expected, where):
+    """The value, if it is of the expected type and, being a number, within bounds that no real checkpoint leaves."""
+    options = typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    if float in options and type(value) is int:
+        value = float(value)
+    if type(value) not in options:
+        raise ValueError(f"{where} is {value!r}, of the wrong type")
+    limit = 1024 if where.endswith("num_hidden_layers") else 2**24
+    if type(value) in (int, float) and not -limit <= value <= limit:
+        raise ValueError(f"{where} is {value!r}, out of range")
+    if type(value) is int and value < 1 and where.endswith(("size", "layers", "heads", "channels", "_dim", "embeddings", "window")):
+        raise ValueError(f"{where} is {value!r}, and must be at least 1")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def scan(model, folder):
+    """Compare the headers of a checkpoint with a model, before any of the numbers is read.
+
+    Returns {our name: (file, name in the file, dtype)}. Raises ValueError naming the tensor, as it is named in the file, that
+    is unknown, missing, repeated, of another shape, or not of floating-point numbers.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.llama.head.weight is model.llama.embed.weight
+    found = {}
+    for file in shards(folder):
+        try:
+            with safe_open(file, framework="pt") as header:
+                slices = {name: header.get_slice(name) for name in header.keys()}
+                entries = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder} lacks {file.name}, which its index names: download it again") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
+        for name, shape, dtype in entries:
+            ours = our_name(name)
+            if ours not in expected:
+                if not is_unused(name):
+                    raise ValueError(f"{file}: the tensor {name} has no place in this model")
+                continue
+            if ours in found:
+                other = found[ours]
+                raise ValueError(f"{file}: the tensor {name} is there twice, the other is {other[1]} in {other[0].name}")
+            if shape != expected[ours]:
+                raise ValueError(f"{file}: the tensor {name} has the shape {shape}, by config.json it should be {expected[ours]}")
+            if dtype not in DTYPES:
+                raise ValueError(f"{file}: the tensor {name} is of type {dtype}; {', '.join(DTYPES)} are read")
+            found[ours] = (file, name, DTYPES[dtype])
+    if tied and "llama.head.weight" not in found and "llama.embed.weight" in found:
+        found["llama.head.weight"] = found["llama.embed.weight"]
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"{folder}: the tensor {their_name(missing[0], found)} is missing ({len(missing)} in all)")
+    return found
+
+
+def their_name(ours, found):
+    """Our name → the name it would have in this checkpoint, judged by a tensor that is there."""
+    published = translate(ours, THEIRS)
+    for beginning, replaced in LAYOUTS:
+        if published.startswith(replaced) and any(name.startswith(beginning) for _, name, _ in found.values()):
+            return beginning + published.removeprefix(replaced)
+    return published
+
+
+def main_dtype(found, model):
+    """The dtype that most of a checkpoint's numbers are stored in."""
+    sizes = dict.fromkeys(DTYPES.values(), 0)
+    for ours, tensor in model.state_dict().items():
+        sizes[found[ours][2]] += tensor.numel()
+    return max(sizes, key=sizes.get)
+
+
+def read(model, found, dtype, device):
+    """Put the numbers that scan found into a model on the meta device, one tensor at a time, cast to dtype on the device."""
+    state = {}
+    for ours in progress(found, sum(tensor.numel() for tensor in model.state_dict().values())):
+        file, name, _ = found[ours]
+        # Opened anew each time, as a file's pages stay in memory while it is open; and copied, so that nothing refers to it.
+        with safe_open(file, framework="pt") as tensors:
+            state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
+    if model.llama.head.weight is model.llama.embed.weight:
+        if not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
+            raise ValueError(f"{found['llama.head.weight'][0]}: tie_word_embeddings is true, but the head differs from the embedding")
+        state["llama.head.weight"] = state["llama.embed.weight"]
+    model.load_state_dict(state, assign=True)
+
+
+def progress(names, parameters):
+    """The same names, with a bar on stderr if the model is so large that one waits for it."""
+    if parameters < 100e6:
+        return names
+    from huggingface_hub.utils import tqdm
+
+    return tqdm(names, desc="loading", unit="tensor", leave=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write(model, folder, configs, shard_size=5_000_000_000):
+    """The published layout: the tensors under the published names in files of at most shard_size bytes, and the configs.
+
+    configs: {file name: JSON object}. What another checkpoint left in the folder is removed last of all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {translate(name, THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.llama.head.weight is model.llama.embed.weight:
+        del tensors["language_model.lm_head.weight"]
+    parts, room = [], 0
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room:
+            parts.append({})
+            room = shard_size
+        parts[-1][name] = tensor
+        room -= tensor.nbytes
+    files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)] if len(parts) > 1 else [SINGLE]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, folder / f"{file}.new", metadata={"format": "pt"})
+    for file in files:
+        (folder / f"{file}.new").replace(folder / file)
+    if len(parts) > 1:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        configs = {**configs, INDEX: {"metadata": {"total_size": size}, "weight_map": weight_map}}
+    for file, values in configs.items():
+        (folder / file).write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        if stale.name not in files and stale.name not in configs:
+            stale.unlink(missing_ok=True)
