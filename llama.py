@@ -155,10 +155,9 @@ def attend(q, k, v, mask, output_attentions=False):
     """
     B, H, T, E = q.shape
     K, S = k.shape[1:3]
-    if not output_attentions and (T > 1 or q.device.type != "cpu"):
+    if not output_attentions:  # the same in one fused call, which never writes the weights down
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K), None
-    # The equation itself. The queries that share a key-value head stand below one another, so that no key is copied.
-    # For one query on a CPU this is also the faster way.
+    # The queries that share a key-value head stand below one another, so that no key is copied.
     scores = q.reshape(B, K, -1, E) @ k.transpose(2, 3) / math.sqrt(E)  # (B, K, H // K * T, S)
     scores = scores.view(B, H, T, S).masked_fill(~mask, -torch.inf)
     dtype = torch.promote_types(q.dtype, torch.float32)  # exponentials of 16-bit numbers are too coarse
@@ -235,7 +234,9 @@ class Llama(nn.Module):
             self.head.weight = self.embed.weight
         self.gradient_checkpointing = False
 
-    def forward(self, x, attention_mask=None, position_ids=None, kv_cache=None, output_hidden_states=False, output_attentions=False):
+    def forward(
+        self, x, attention_mask=None, position_ids=None, kv_cache=None, output_hidden_states=False, output_attentions=False
+    ):
         """Embeddings x (B, T, D) → (last hidden state after the norm (B, T, D), hidden_states, attentions).
 
         attention_mask (B, S): 1 where a position holds a real token. None: as the cache remembers, and all new ones are real.

@@ -224,6 +224,14 @@ class Llava(nn.Module):
         labels = None if labels is None else grow(labels.to(self.device), -100)
         return grow(input_ids, self.pad_token_id), mask, labels
 
+    def expanded(self, input_ids, pixel_values, attention_mask=None, kv_cache=None):
+        """ids and mask with the pictures' positions in them, before the pictures are looked at: to know how much room is needed."""
+        input_ids = input_ids.to(self.device)
+        attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
+        pictures = 0 if pixel_values is None else len(pixel_values)
+        size = self.vision.grid**2 + (self.config.vision_feature_select_strategy == "full")
+        return self.expand(input_ids, attention_mask, None, pictures, size)[:2]
+
     def init_kv_cache(self, batch_size, max_length):
         """An empty cache for max_length positions, a dict of tensors; see llama.init_kv_cache for what is in it."""
         return llama.init_kv_cache(self.config.text_config, batch_size, max_length, self.dtype, self.device)
@@ -282,11 +290,7 @@ class Llava(nn.Module):
         choose: logits (rows, V) → ids (rows,), the parents of the rows or None, which ids are real tokens (rows,), and whether
         to go on. copies: how many rows the step has for each row of the prompt.
         """
-        input_ids = input_ids.to(self.device)
-        if pixel_values is not None:  # grown here already, to know how much room is needed
-            attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
-            size = self.vision.grid**2 + (self.config.vision_feature_select_strategy == "full")
-            input_ids, attention_mask, _ = self.expand(input_ids, attention_mask, None, len(pixel_values), size)
+        input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask, kv_cache)
         B, T = input_ids.shape
         if kv_cache is None:
             kv_cache = self.init_kv_cache(B, T + max_new_tokens - 1)
@@ -306,9 +310,60 @@ class Llava(nn.Module):
             attention_mask = torch.cat([kv_cache["real"][:, : llama.length(kv_cache)], real[:, None]], dim=1)
             logits = self(ids[:, None], attention_mask=attention_mask, kv_cache=kv_cache).logits  # (rows, 1, V)
 
+    @torch.no_grad()
+    def score(self, answers, input_ids, pixel_values=None, attention_mask=None):
+        """log P(answer | prompt) of several answers, each a list of ids, to one prompt (1, T) → (answers,) float32.
+
+        The prompt and its pictures are read once; the answers go on from copies of its cache, side by side.
+        """
+        longest = max(len(answer) for answer in answers)
+        ids = torch.tensor([answer + [self.pad_token_id] * (longest - len(answer)) for answer in answers], device=self.device)
+        real = torch.arange(longest, device=self.device) < torch.tensor([[len(answer)] for answer in answers], device=self.device)
+        input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask)
+        kv_cache = self.init_kv_cache(1, input_ids.shape[1])
+        first = self(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, logits_to_keep=1).logits  # (1, 1, V)
+        kv_cache = llama.fork_cache(kv_cache, len(answers), longest)
+        attention_mask = torch.cat([attention_mask.expand(len(answers), -1), real], dim=1)
+        rest = self(ids, attention_mask=attention_mask, kv_cache=kv_cache).logits
+        logits = torch.cat([first.expand(len(answers), -1, -1), rest[:, :-1]], dim=1)
+        scores = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
+        return scores.masked_fill(~real, 0).sum(1)
+
     def reorder_cache(self, kv_cache, beam_idx):
         """Row b of the cache becomes a copy of row beam_idx[b], in place. beam_idx (B,) int64."""
         llama.reorder_cache(kv_cache, beam_idx)
+
+    @property
+    def gradient_checkpointing(self):
+        """Forget what is inside a block and compute it again for its gradient: less memory, a third more time."""
+        return self.llama.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on):
+        self.llama.gradient_checkpointing = self.vision.gradient_checkpointing = on
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, n):
+        """Give embedding and head n rows, for a vocabulary of another size (PreTrainedModel.resize_token_embeddings).
+
+        New rows are drawn around the mean of the old ones, with 1e-9 of their covariance: no new word is likelier than an
+        average one (Hewitt 2021, "Initializing new word embeddings").
+        """
+        if type(n) is not int or n < 1:
+            raise ValueError(f"the vocabulary cannot have {n!r} rows: give a whole number of at least 1")
+
+        def resized(weight):
+            rows, new = weight.float(), max(0, n - len(weight))
+            spread = (rows - rows.mean(0)) / len(rows) ** 0.5  # spreadᵀ spread is the covariance
+            drawn = rows.mean(0) + 1e-9**0.5 * torch.randn(new, len(rows), device=rows.device) @ spread
+            return nn.Parameter(torch.cat([weight[:n], drawn.to(weight.dtype)]), weight.requires_grad)
+
+        embed, head = self.llama.embed, self.llama.head
+        tied = head.weight is embed.weight
+        embed.weight = resized(embed.weight)
+        head.weight = embed.weight if tied else resized(head.weight)
+        embed.num_embeddings = head.out_features = self.config.text_config.vocab_size = n
+        return embed
 
     @torch.no_grad()
     def init_weights(self):
@@ -639,84 +694,185 @@ def parse(arguments):
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0: sample; 0: the likeliest word each time (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that together reach P")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    add("--num-beams", type=int, default=1, metavar="N", help="search for the likeliest answer along N beams")
     add("--seed", type=int, metavar="N", help="of the sampling, to repeat it")
     add("--pad", action="store_true", default=None, help="pad to a square, as the authors' code does, instead of cropping to one")
+    add("--system", metavar="TEXT", help="a sentence in front of the prompt; authors: that of the authors' code")
+    add("--show-prompt", action="store_true", help="print the exact prompt, its ids and all shapes to stderr")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--chat", action="store_true", help="talk about the pictures; /image FILE adds one, Ctrl-D leaves")
+    way.add_argument("--each", action="store_true", help="ask the question of each picture in turn")
+    way.add_argument("--choices", nargs="+", metavar="ANSWER", help="how likely each of these answers is, instead of an answer")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Run the command line; returns the exit status."""
-    warnings.showwarning = lambda message, *_, **__: print(f"notice: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: notice(message)
     try:
-        options = parse(arguments)
-        llama.check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p)
-        images = [vision.open_image(sys.stdin.buffer if name == "-" else name) for name in options.image]
-        model, processor = load(options.model, device=options.device, dtype=options.dtype, revision=options.revision)
-        if model.config.description:
-            print(f"notice: {model.config.description}", file=sys.stderr)
-        inputs = processor.chat([("user", options.prompt)], images, options.pad)
-        answer(model, processor, inputs, options)
-    except BrokenPipeError:  # the reader of stdout went away, as in `… | head -c 10`: not our mistake
+        return run(parse(arguments))
+    except BrokenPipeError:  # the reader of stdout went away, as in `… | head -c 10`: not a mistake
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:  # the finished sentences that are raised throughout
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     except torch.OutOfMemoryError:
-        print("error: the device has too little memory: try a smaller dtype, or --device cpu", file=sys.stderr)
-        return 2
+        return fail("the device has too little memory: try a smaller dtype, or --device cpu")
+
+
+def notice(message):
+    print(f"notice: {message}", file=sys.stderr)
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def run(options):
+    """What the options ask for; returns the exit status."""
+    llama.check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.num_beams)
+    if options.each and not options.image:
+        raise ValueError("--each needs pictures: name them after --image")
+    images = [] if options.each else [open_named(name) for name in options.image]
+    model, processor = load(options.model, device=options.device, dtype=options.dtype, revision=options.revision)
+    if model.config.description:
+        notice(model.config.description)
+    if options.chat:
+        return chat(model, processor, images, options)
+    if options.choices:
+        return print_choices(model, processor, images, options)
+    if options.each:
+        return answer_each(model, processor, options)
+    for text in answer(model, processor, options, question(options), images):
+        print(text, end="", flush=True)
+    print(flush=True)
     return 0
 
 
-def answer(model, processor, inputs, options):
-    """Stream one answer to stdout, and what it cost to stderr."""
-    cost = Cost(model)
-    ids = model.stream(
-        **inputs,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    for text in processor.tokenizer.stream(cost.count(ids)):
-        print(text, end="", flush=True)
-    print(flush=True)
-    print(cost, file=sys.stderr)
+def open_named(name):
+    return vision.open_image(sys.stdin.buffer if name == "-" else name)
+
+
+def opening(options):
+    """The turns in front of the question."""
+    return [("system", AUTHORS_SYSTEM if options.system == "authors" else options.system)] if options.system else []
+
+
+def question(options):
+    return [*opening(options), ("user", options.prompt)]
+
+
+@dataclass
+class Talk:
+    """Where a conversation stands: what the model has read, and the ids that it has not read yet."""
+
+    ids: list
+    kv_cache: dict | None = None
+
+
+def answer(model, processor, options, turns, images, talk=None):
+    """Yield the answer to the last turn in pieces of text, and print what it cost to stderr. The talk goes on from there."""
+    talk = talk or Talk(processor.tokenizer.start)
+    pieces = processor.turns(turns, len(images))
+    inputs = processor.inputs([[*talk.ids, *processor.encode(pieces)]], images, options.pad)
+    del inputs["attention_mask"]  # one row has no padding, and what the cache holds it knows itself
+    past = llama.length(talk.kv_cache)
+    end = past + model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
+    if end > context(model):
+        raise ValueError(f"text and pictures take {end} positions, and the model has {context(model)}: ask for less at once")
+    if options.show_prompt:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+        print(f"prompt: {processor.written([*talk.ids, *pieces])!r}", file=sys.stderr)
+        print(f"ids: {inputs['input_ids'][0].tolist()}\nshapes: {shapes}, expanded to {end - past} positions", file=sys.stderr)
+    cost, said = Cost(model), []
+    settings = dict(max_new_tokens=min(options.max_new_tokens, context(model) - end + 1), kv_cache=talk.kv_cache)
+    settings |= dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+    try:
+        if options.num_beams > 1:
+            best = model.generate(**inputs, **settings, num_beams=options.num_beams)
+            said += best[0].tolist()
+            yield processor.decode(said)
+        else:
+            yield from processor.tokenizer.stream(remember(model.stream(**inputs, **settings), said))
+    finally:  # also when the answer is broken off
+        cost.close()
+        if said:
+            read = max(0, llama.length(talk.kv_cache) - end)
+            talk.ids = said[read:] + ([] if said[-1] in model.eos_token_ids else [processor.eos_id])
+    print(cost.line(len(said)), file=sys.stderr)
+    if said[-1] not in model.eos_token_ids:
+        notice(f"the answer is cut off after {len(said)} tokens")
+
+
+def context(model):
+    """How many positions a conversation may take: what the model was trained for, but no cache of many gigabytes."""
+    return min(model.config.text_config.max_position_embeddings, 8192)
+
+
+def remember(steps, seen):
+    """The ids of a single row, appended to the list `seen` on their way."""
+    for ids in steps:
+        seen.append(int(ids[0]))
+        yield seen[-1]
+
+
+def answer_each(model, processor, options):
+    """The question of each picture in turn, an answer a line after the file's name. A bad file costs only its own line."""
+    status = 0
+    for name in options.image:
+        try:
+            text = "".join(answer(model, processor, options, question(options), [open_named(name)]))
+            print(f"{name}\t{' '.join(text.split())}", flush=True)
+        except (ValueError, FileNotFoundError) as error:
+            status = fail(error)
+    return status
+
+
+def print_choices(model, processor, images, options):
+    """Each choice and its probability, given that the answer is one of them: the likelihood of its words and of the end."""
+    inputs = [processor.chat([*question(options), ("assistant", words)], images, options.pad) for words in options.choices]
+    rows = [each["input_ids"][0].tolist() for each in inputs]
+    asked = len(processor.chat(question(options), images, options.pad)["input_ids"][0])
+    shared = 0  # how far the rows are alike: to the end of the question, unless a choice melts into it
+    while shared < asked and len({row[shared] for row in rows}) == 1:
+        shared += 1
+    prompt = torch.tensor([rows[0][:shared]])
+    scores = model.score([row[shared:] for row in rows], prompt, inputs[0].get("pixel_values"))
+    for words, probability in zip(options.choices, scores.softmax(0).tolist(), strict=True):
+        print(f"{probability:.4f}\t{words}")
+    return 0
 
 
 class Cost:
     """Clocks around the stages of an answer, by hooks on the modules, so that the model itself knows nothing of it."""
 
     def __init__(self, model):
-        self.device, self.marks, self.tokens = model.device, {}, 0
-        hooks = [
+        self.device, self.marks = model.device, {}
+        self.hooks = [
             model.vision.register_forward_pre_hook(lambda *_: self.mark("image")),
             model.llama.register_forward_pre_hook(lambda *_: self.mark("prefill")),
+            model.llama.register_forward_hook(lambda *_: self.mark("first")),
         ]
-        self.remove = lambda: [hook.remove() for hook in hooks]
 
     def mark(self, stage):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.marks.setdefault(stage, time.perf_counter())
 
-    def count(self, ids):
-        """The same ids, of the first row, counted."""
-        for step in ids:
-            self.mark("first")
-            self.tokens += 1
-            yield int(step[0])
+    def close(self):
         self.mark("end")
-        self.remove()
+        for hook in self.hooks:
+            hook.remove()
 
-    def __str__(self):
+    def line(self, tokens):
+        """What `tokens` new tokens took; the first of them comes out of the prefill."""
         marks = self.marks
         image = f"image {1000 * (marks['prefill'] - marks['image']):.0f} ms, " if "image" in marks else ""
         prefill = f"prefill {1000 * (marks['first'] - marks['prefill']):.0f} ms, "
-        rate = (self.tokens - 1) / max(marks["end"] - marks["first"], 1e-9)
-        speed = f"{self.tokens} tokens, {rate:.1f} tokens/s, " if self.tokens > 1 else f"{self.tokens} token, "
+        speed = f"{tokens} tokens, {(tokens - 1) / (marks['end'] - marks['first']):.1f} tokens/s, "
         return f"{image}{prefill}{speed}peak memory {peak_memory(self.device) / 1e9:.2f} GB"
 
 
@@ -727,6 +883,57 @@ def peak_memory(device):
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A conversation
+
+
+def chat(model, processor, images, options):
+    """Talk about pictures. A turn is the ids that are new, behind what the cache holds: pictures are encoded once, and nothing
+    that was said is read again. The form is the one published for several turns, "USER: … ASSISTANT: …</s>USER: …".
+    """
+    talk, turns = Talk(processor.tokenizer.start, model.init_kv_cache(1, context(model))), opening(options)
+    while (words := read_line()) is not None:
+        if words.startswith("/image "):
+            try:
+                images = [*images, vision.open_image(words.removeprefix("/image ").strip())]
+            except (ValueError, OSError) as error:
+                fail(error)
+            continue
+        before, past = talk.ids, llama.length(talk.kv_cache)
+        try:
+            for text in answer(model, processor, options, [*turns, ("user", words)], images, talk):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:  # stops the answer and keeps the talk
+            pass
+        except ValueError as error:
+            fail(error)
+        print(flush=True)
+        if talk.ids is before:  # nothing was answered: as if it had not been asked
+            talk.kv_cache["length"].fill_(past)
+        else:
+            turns, images = [], []
+    return 0
+
+
+def read_line():
+    """The next line that is not empty, None at the end of the input. On a terminal with line editing and a history."""
+    while True:
+        try:
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                import readline  # noqa: F401 (input() edits lines once it is there)
+
+                words = input("> ")
+            else:
+                words = input()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if words.strip():
+            return words.strip()
 
 
 if __name__ == "__main__":

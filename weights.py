@@ -330,7 +330,8 @@ def read(model, found, dtype, device):
             state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
     if model.llama.head.weight is model.llama.embed.weight:
         if not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
-            raise ValueError(f"{found['llama.head.weight'][0]}: tie_word_embeddings is true, but the head differs from the embedding")
+            file = found["llama.head.weight"][0]
+            raise ValueError(f"{file}: tie_word_embeddings is true, but the head differs from the embedding")
         state["llama.head.weight"] = state["llama.embed.weight"]
     model.load_state_dict(state, assign=True)
 

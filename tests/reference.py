@@ -80,7 +80,7 @@ def make_checkpoint(folder, family="llama", seed=0, dtype=torch.float32, scale=4
     config = reference_config(family, **changes)
     model = LlavaForConditionalGeneration(config).to(dtype)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(scale)
             else:  # norms and biases that are not 1 and 0, or one left out would not be noticed
@@ -101,7 +101,7 @@ def load_reference(folder, dtype=torch.float64, attention="sdpa"):
 
 
 def expanded(input_ids, attention_mask=None, size=FEATURES):
-    """What transformers 5's processor makes of ids (B, T) with one <image> for each picture: `size` of them, left-padded again."""
+    """What transformers 5's processor makes of ids (B, T) with one <image> for each picture: `size` of them, padded again."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = []
     for ids, real in zip(input_ids.tolist(), mask.tolist(), strict=True):
