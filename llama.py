@@ -249,7 +249,7 @@ class Llama(nn.Module):
         B, T, _ = x.shape
         past = length(kv_cache)
         if kv_cache is not None:
-            check_cache(kv_cache, B, T)
+            check_room(kv_cache, T)
         real = real_tokens(attention_mask, kv_cache, B, T, x.device)  # (B, S)
         mask = visible(real, T, self.config.sliding_window)  # (B, 1, T, S)
         if position_ids is None:
@@ -315,14 +315,12 @@ def window(kv_cache, layer, end):
     return kv_cache[f"keys.{layer}"][:, :, :end], kv_cache[f"values.{layer}"][:, :, :end]
 
 
-def check_cache(kv_cache, batch_size, new):
-    """Raise ValueError if the cache has other rows than the batch, or no room for `new` more positions."""
-    rows, capacity = kv_cache["real"].shape
-    if rows != batch_size:
-        raise ValueError(f"the cache was made for {rows} rows and the input has {batch_size}: make one with init_kv_cache")
-    if length(kv_cache) + new > capacity:
+def check_room(kv_cache, new):
+    """Raise ValueError if the cache has no room for `new` more positions."""
+    held, capacity = length(kv_cache), kv_cache["real"].shape[1]
+    if held + new > capacity:
         raise ValueError(
-            f"the cache holds {length(kv_cache)} of at most {capacity} positions and {new} more do not fit: "
+            f"the cache holds {held} of at most {capacity} positions and {new} more do not fit: "
             f"make a longer one with init_kv_cache(batch_size, max_length)"
         )
 
@@ -359,6 +357,8 @@ def reorder_cache(kv_cache, rows):
 def real_tokens(attention_mask, kv_cache, batch_size, new, device):
     """(B, S) bool: which positions hold real tokens, those in the cache first."""
     past = length(kv_cache)
+    if kv_cache is not None and len(kv_cache["real"]) != batch_size:
+        raise ValueError(f"the cache was made for {len(kv_cache['real'])} rows and the input has {batch_size}")
     if attention_mask is None:
         real = torch.ones(batch_size, new, dtype=torch.bool, device=device)  # (B, T)
         return real if kv_cache is None else torch.cat([kv_cache["real"][:, :past], real], dim=1)

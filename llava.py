@@ -295,7 +295,7 @@ class Llava(nn.Module):
         if kv_cache is None:
             kv_cache = self.init_kv_cache(B, T + max_new_tokens - 1)
         elif copies == 1:
-            llama.check_cache(kv_cache, B, T + max_new_tokens - 1)
+            llama.check_room(kv_cache, T + max_new_tokens - 1)
         logits = self(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, logits_to_keep=1).logits  # (B, 1, V)
         if copies > 1:
             kv_cache = llama.fork_cache(kv_cache, copies, max_new_tokens - 1)

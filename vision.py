@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 # ----------------------------------------------------------------------------------------------------------------
 # From a file to a picture in RGB
 
-FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO"]  # what cameras, phones and screens write
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # what cameras, phones and screens write
 MAX_PIXELS = 89_478_485  # Pillow's own limit: beyond it a small file may be a bomb that unpacks to gigabytes
 
 
@@ -46,39 +46,45 @@ def open_image(file):
     Raises FileNotFoundError, or ValueError, with a finished sentence.
     """
     name = str(file) if isinstance(file, (str, Path)) else "standard input"
-    if name.startswith(("http://", "https://")):
+    if name.lower().startswith(("http://", "https://")):
         raise ValueError(f"{name} is an address; pictures are read from files: download it first")
     try:
-        image = Image.open(file, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{name} has {image.width} x {image.height} pixels, over {MAX_PIXELS:,}: shrink it first")
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # an MPO's other frames are a camera's previews
-            warnings.warn(f"{name} is animated; only its first frame is used", stacklevel=2)
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own: what matters of them is said below
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:  # so says the header; nothing is unpacked yet
+                    raise Image.DecompressionBombError
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO's others are previews
+                image.load()
+                image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no such picture: {name}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise ValueError(f"{name} has over {MAX_PIXELS:,} pixels: shrink it first") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except (OSError, SyntaxError, EOFError, IndexError, TypeError):  # whatever Pillow's decoders trip over
+    except Exception:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
         raise ValueError(f"{name} cannot be read as a picture: the file is damaged, cut short or not readable") from None
+    if frames > 1:
+        warnings.warn(f"{name} holds {frames} pictures; only the first one is used", stacklevel=2)
     return to_rgb(image)
 
 
 def to_rgb(image):
     """Any PIL mode → RGB: what is transparent shows white, as in the reference (convert_to_rgb, transformers 5).
 
-    Grey of more than 8 bits (modes I, I;16, F) is scaled, 65535 → 255; the reference cuts it off at 255, almost all white.
+    Grey of 16 bits (mode I;16, and I or F with values over 255) is scaled, 65535 → 255; the reference cuts it off at 255,
+    almost all white.
     """
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    clear = image.info.get("transparency")
+    if image.mode[0] in "IF":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
+            grey = np.where(grey == clear, 65535, grey)  # of a grey picture, one value is the transparent one
+            return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or clear is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode[0] in "IF":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        if grey.max() > 255:
-            image = Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -110,9 +116,9 @@ def preprocess(image, config, pad=None):
         image = expand_to_square(image, tuple(int(255 * m) for m in config.image_mean))
     short, long = sorted(image.size)
     edge = config.size["shortest_edge"]
-    other = int(edge * long / short)  # truncated, not rounded
-    if edge * other > MAX_PIXELS:
+    if not short or edge * edge * long / short > 2 * MAX_PIXELS:
         raise ValueError(f"a picture of {image.width} x {image.height} pixels is too thin: pad it to a square or crop it")
+    other = int(edge * long / short)  # truncated, not rounded
     size = (edge, other) if image.width <= image.height else (other, edge)
     image = image.resize(size, config.resample)  # on bytes, each of them rounded: resizing floats gives other numbers
     height, width = config.crop_size["height"], config.crop_size["width"]
@@ -127,6 +133,8 @@ def preprocess(image, config, pad=None):
 def expand_to_square(image, colour):
     """Centre a picture on a square of the given colour; of an odd difference, the larger part goes below or right."""
     side = max(image.size)
+    if side * side > 2 * MAX_PIXELS:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels is too long for a square: shrink or crop it")
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -1,0 +1,260 @@
+"""Ours beside transformers, stage by stage, on any checkpoint: which stage departs first, and by how much?
+
+    python tests/parity.py                                   tiny, in float64
+    python tests/parity.py FOLDER_OR_HUB_ID --dtype bfloat16 --device cuda
+    python tests/parity.py --dump stages.safetensors         write every stage of ours, by name
+    python tests/parity.py --against stages.safetensors      compare such a file, from another port, with ours
+
+The exit status is 1 if a stage is over its bound. The bounds on the largest difference, relative to the largest number of the
+stage: 1e-9 in float64 (1e-6 for attention weights, loss and gradients, which transformers computes in float32), 1e-5 in
+float32. Ids, pixels and tokens must be the same. In 16 bits the logits are judged instead, against those in float32: by how
+often the likeliest token is the same, and by the KL divergence, which may not be worse than those of transformers itself.
+"""
+
+import argparse
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+import llava
+import vision
+import weights
+
+QUESTION = "Describe the image."
+NEW_TOKENS = 24
+EXACT = ("ids", "pixels", "tokens", "beams")  # stages that must be the same number for number
+IN_FLOAT32 = ("attention", "loss", "gradient")  # stages that the reference computes in float32 even in float64
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+def ours(model, processor, image, gradients=True, pad=None):
+    """Every stage of our model on one question about one picture: {name: tensor}, in the order of the data's flow."""
+    inputs = processor.chat([("user", QUESTION)], [image], pad)
+    ids, mask = model.expanded(inputs["input_ids"], inputs["pixel_values"])
+    stages = {"ids": ids, "pixels": inputs["pixel_values"]}
+    with torch.no_grad():
+        states = model.vision(inputs["pixel_values"].to(model.device), range(len(model.vision.blocks) + 1))
+        out = model(**inputs, output_hidden_states=True)
+        stages |= {f"vision.{i}": state for i, state in enumerate(states)}
+        stages |= {"projector": out.image_hidden_states, "merge": out.hidden_states[0]}
+        stages |= {f"llama.{i}": state for i, state in enumerate(out.hidden_states[1:], start=1)}
+        stages["logits"] = out.logits
+        weights_ = model(**inputs, output_attentions=True).attentions
+        stages |= {f"attention.{i}": weight for i, weight in enumerate(weights_, start=1)}
+    labels = ids.masked_fill(ids == model.config.image_token_index, -100)
+    stages |= loss_and_gradients(lambda: model(ids, inputs["pixel_values"], labels=labels).loss, model, gradients, str)
+    stages["tokens"] = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+    stages["beams"] = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=3)
+    return on_cpu(stages)
+
+
+def theirs(reference, folder, model_config, preprocess_config, prompt, image, gradients=True):
+    """The same stages from transformers (LlavaForConditionalGeneration 5.x), under the same names."""
+    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+    values = {name: getattr(preprocess_config, name) for name in ("size", "crop_size", "resample", "image_mean", "image_std")}
+    pixels = CLIPImageProcessorPil(**values)(image, return_tensors="pt")["pixel_values"]
+    tower = model_config.vision_config
+    features = (tower.image_size // tower.patch_size) ** 2 + (model_config.vision_feature_select_strategy == "full")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    # its processor repeats <image> in the text, once for each feature
+    ids = tokenizer(prompt.replace(llava.IMAGE, llava.IMAGE * features), return_tensors="pt")["input_ids"]
+    stages = {"ids": ids, "pixels": pixels}
+    ids, pixels = ids.to(reference.device), pixels.to(reference.device, reference.dtype)
+    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+    with torch.no_grad():
+        tower = reference.model.vision_tower(pixels, output_hidden_states=True)
+        out = reference(**inputs, output_hidden_states=True)
+        stages |= {f"vision.{i}": state for i, state in enumerate(tower.hidden_states)}
+        stages |= {"projector": out.image_hidden_states[None], "merge": out.hidden_states[0]}
+        stages |= {f"llama.{i}": state for i, state in enumerate(out.hidden_states[1:], start=1)}
+        stages["logits"] = out.logits
+        reference.set_attn_implementation("eager")
+        weights_ = reference(**inputs, output_attentions=True).attentions
+        reference.set_attn_implementation("sdpa")
+        stages |= {f"attention.{i}": weight for i, weight in enumerate(weights_, start=1)}
+    labels = ids.masked_fill(ids == model_config.image_token_index, -100)
+    stages |= loss_and_gradients(lambda: reference(**inputs, labels=labels).loss, reference, gradients, weights.our_name)
+    options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos(model_config), pad_token_id=pad(model_config))
+    stages["tokens"] = reference.generate(**inputs, **options)[:, ids.shape[1] :]
+    stages["beams"] = reference.generate(**inputs, **options, num_beams=3)[:, ids.shape[1] :]
+    return on_cpu(stages)
+
+
+def eos(config):
+    return config.text_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
+
+
+def pad(config):
+    return llava.as_list(eos(config))[0] if config.pad_token_id is None else config.pad_token_id
+
+
+def loss_and_gradients(compute, model, gradients, rename):
+    """The loss and, if asked for, its gradient by each parameter that has one."""
+    if not gradients:
+        with torch.no_grad():
+            return {"loss": compute()}
+    model.zero_grad(set_to_none=True)
+    loss = compute()
+    loss.backward()
+    found = {rename(name): parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"loss": loss.detach()} | {f"gradient.{name}": found[name] for name in sorted(found)}
+
+
+def on_cpu(stages):
+    return {name: tensor.detach().cpu() for name, tensor in stages.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def bound(stage, dtype):
+    """The largest relative difference that a stage may show."""
+    if stage.split(".")[0] in EXACT:
+        return 0.0
+    if dtype == torch.float64:
+        return 1e-6 if stage.split(".")[0] in IN_FLOAT32 else 1e-9
+    return 1e-5 if dtype == torch.float32 else float("inf")
+
+
+def difference(a, b):
+    """Worst absolute difference of two lists of tensors, the same relative to the largest number of b, and the cosine."""
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return float("inf"), float("inf"), 0.0
+    a, b = (torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in (a, b))
+    worst = (a - b).abs().max().item()
+    worst = float("inf") if worst != worst else worst
+    return worst, worst / max(b.abs().max().item(), 1e-30), torch.cosine_similarity(a, b, dim=0).item()
+
+
+def compare(a, b, dtype):
+    """Two dicts of stages → rows (stage, absolute, relative, cosine, bound), in the order of b. Gradients count by block: those
+    of some biases are zero but for rounding."""
+    groups = {}
+    for stage in b:
+        if stage in a:
+            groups.setdefault(block(stage), []).append(stage)
+    return [
+        (label, *difference([a[stage] for stage in stages], [b[stage] for stage in stages]), bound(label, dtype))
+        for label, stages in groups.items()
+    ]
+
+
+def block(stage):
+    """gradient.llama.blocks.3.mlp.up.weight → gradient.llama.blocks.3; other stages stand for themselves."""
+    if not stage.startswith("gradient."):
+        return stage
+    return ".".join(stage.split(".")[: 4 if "blocks" in stage else 3])
+
+
+def report(rows, names):
+    """Print the table; returns the names of the stages over their bound, the first that departs in front."""
+    a, b = names
+    print(f"{'stage':<34} {'worst absolute':>15} {'relative':>10} {'cosine':>12} {'bound':>8}")
+    over = []
+    for stage, worst, relative, cosine, limit in rows:
+        ok = relative <= limit
+        over += [] if ok else [stage]
+        print(f"{stage:<34} {worst:>15.3e} {relative:>10.1e} {cosine:>12.9f} {limit:>8.0e}{'' if ok else '  <-- over'}")
+    print(f"{len(rows)} stages, {a} against {b}: " + (f"{over[0]} is the first that departs" if over else "all within their bounds"))
+    return over
+
+
+def judge_logits(logits, truth):
+    """Logits in 16 bits against those in float32 → (share of positions with the same likeliest token, mean KL divergence)."""
+    truth, logits = truth.double().log_softmax(-1), logits.double().log_softmax(-1)
+    kl = (truth.exp() * (truth - logits)).sum(-1).mean().item()
+    return (truth.argmax(-1) == logits.argmax(-1)).double().mean().item(), kl
+
+
+def report_logits(ours_, theirs_, truth):
+    """Print both judgements; returns whether ours is worse. A tenth more KL is chance: the last bit of a sum's order."""
+    rows = {"ours": judge_logits(ours_, truth), "transformers": judge_logits(theirs_, truth)}
+    for name, (same, kl) in rows.items():
+        print(f"{name:<14} against float32: the same likeliest token at {same:.1%} of positions, KL {kl:.2e}")
+    (same, kl), (their_same, their_kl) = rows.values()
+    return kl > 1.1 * their_kl + 1e-9 or same < their_same - 1 / len(truth[0])
+
+
+def load_theirs(folder, dtype, device):
+    from transformers import LlavaForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    reference = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return reference.eval().to(device)
+
+
+def run_ours(name, dtype, device, image, gradients):
+    model, processor = llava.load(name, device=device, dtype=dtype)
+    return ours(model, processor, image, gradients), model.config, processor
+
+
+def run_theirs(folder, config, processor, dtype, device, image, gradients):
+    reference = load_theirs(folder, dtype, device)
+    stages = theirs(reference, folder, config, processor.preprocess_config, processor.prompt(QUESTION), image, gradients)
+    del reference
+    gc.collect()  # the two models are never in memory together
+    return stages
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="tiny", help="a folder, a Hub id, or tiny (default)")
+    parser.add_argument("--dtype", default="float64", help="float64 (default), float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--image", default=None, help="a picture (default: tiny/scene.png)")
+    parser.add_argument("--no-gradients", action="store_true", help="half the memory")
+    parser.add_argument("--dump", metavar="FILE", help="write every stage of ours to a safetensors file, and stop")
+    parser.add_argument("--against", metavar="FILE", help="compare a file of stages with ours, instead of transformers")
+    options = parser.parse_args(arguments)
+    try:
+        dtype, device = llava.pick_dtype(options.dtype), llava.pick_device(options.device)
+        folder = weights.find(options.model)
+        image = vision.open_image(options.image or weights.find("tiny") / "scene.png")
+        stages, config, processor = run_ours(str(folder), dtype, device, image, not options.no_gradients)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    from safetensors.torch import load_file, save_file
+
+    if options.dump:
+        save_file({name: tensor.contiguous() for name, tensor in stages.items()}, options.dump)
+        print(f"{len(stages)} stages of {options.model} in {options.dtype} written to {options.dump}")
+        return 0
+    gc.collect()
+    if options.against:
+        other = load_file(options.against)
+        unknown = [name for name in other if name not in stages]
+        if unknown:
+            print(f"not compared, as ours has no stage of that name: {', '.join(unknown)}")
+        rows = compare(other, stages, dtype)
+        if not rows:
+            print(f"error: {options.against} holds none of our stages: {', '.join(stages)}", file=sys.stderr)
+            return 2
+        return int(bool(report(rows, (options.against, "ours"))))
+
+    gradients = not options.no_gradients
+    reference = run_theirs(folder, config, processor, dtype, device, image, gradients)
+    missing = set(reference) ^ set(stages)
+    over = report(compare(stages, reference, dtype), ("ours", "transformers"))
+    if missing:
+        print(f"only one of the two has the stages {', '.join(sorted(missing))}")
+    if dtype in SIXTEEN:
+        truth = run_theirs(folder, config, processor, torch.float32, device, image, False)
+        over = [name for name in over if name not in ("tokens", "beams")]  # a tie that rounding breaks ends their likeness
+        if report_logits(stages["logits"], reference["logits"], truth["logits"]):
+            over.append("logits")
+    return int(bool(over or missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
