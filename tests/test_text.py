@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import EDGE, FEATURES, PATCH, TINY, expanded
+from reference import EDGE, PATCH, TINY, expanded
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 import llama
@@ -50,7 +50,7 @@ TEXTS = [
     "USER:<image>\nNo space ASSISTANT:",
     "1234567890 3.14159 100%",
 ]
-TYPED = ["<image>", "</s>", "<s>", "<pad>", "<unk>", "How do I write <image> and </s>?", "<image></s><s><pad><unk>", "[INST] <0x41>"]
+TYPED = ["<image>", "</s>", "<s>", "<pad>", "<unk>", "How do I write <image> and </s>?", "<s><image></s><unk>", "[INST] <0x41>"]
 PROMPTS = {  # the published forms, of one, two and three turns
     "llama": [
         "USER: <image>\nWhat is there? ASSISTANT:",
@@ -275,37 +275,21 @@ def test_a_batch_is_padded_on_the_left(ours, theirs):
     assert found["pixel_values"].shape == (3, 3, EDGE, EDGE) and found["pixel_values"].dtype == torch.float32
 
 
-def test_a_batch_equals_the_reference_processor(ours, theirs):
-    side = {"height": EDGE, "width": EDGE}
+def test_a_batch_equals_the_reference_processor():
+    """Which puts one placeholder for each feature; so does `expanded`, on which the tests of the model lean."""
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "extra_special_tokens": {"image_token": "<image>"}}
     reference = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size=side),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=theirs.backend_tokenizer, padding_side="left", **names),
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE}),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"), padding_side="left", **names),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    images = pictures(3)
-    expected = reference(text=BATCH, images=images, padding=True, return_tensors="pt")
-    found = make_processor(ours)(BATCH, images)
-    assert torch.equal(found["pixel_values"], expected["pixel_values"])
-    image, pad = ours.id("<image>"), ours.id("<pad>")
-    for row, mask, ids, seen in zip(*found_rows(found), *found_rows(expected), strict=True):
-        repeated = [i for i, real in zip(row, mask, strict=True) if real for i in [i] * (FEATURES if i == image else 1)]
-        assert ids == [pad] * (len(ids) - len(repeated)) + repeated
-        assert seen == [0] * (len(ids) - len(repeated)) + [1] * len(repeated)
-
-
-def found_rows(inputs):
-    return inputs["input_ids"].tolist(), inputs["attention_mask"].tolist()
-
-
-def test_expansion_in_these_tests_is_that_of_the_reference_processor():
-    """`reference.expanded`, on which the tests of the model lean, against transformers' own."""
-    tokenizer = llama.Tokenizer(TINY / "tokenizer.json")
-    found = make_processor(tokenizer)(BATCH, pictures(3))
+    expected = reference(text=BATCH, images=pictures(3), padding=True, return_tensors="pt")
+    found = make_processor(llama.Tokenizer(TINY / "tokenizer.json"))(BATCH, pictures(3))
     ids, mask, _ = expanded(found["input_ids"], found["attention_mask"])
-    assert ids.shape == mask.shape and (ids == tokenizer.id("<image>")).sum(-1).tolist() == [16, 0, 32, 0]
+    assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask, expected["attention_mask"])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
 @pytest.mark.parametrize(
@@ -359,7 +343,7 @@ def test_special_tokens_are_not_shown(ours):
     ids = [ours.id(token) for token in ("<s>", "<image>", "<unk>", "<pad>", "</s>")]
     assert ours.decode(ids) == "" and ours.decode([]) == ""
     assert ours.decode([*ids, *ours.encode("Hello"), *ids]) == "Hello"
-    assert list(ours.stream([*ids, *ours.encode("Hello"), *ids])) != [] and "".join(ours.stream(ids)) == ""
+    assert "".join(ours.stream([*ids, *ours.encode("Hello"), *ids])) == "Hello" and list(ours.stream(ids)) == []
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text and "\ufffd" not in text], ids=ascii)
