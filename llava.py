@@ -57,6 +57,16 @@ class LlavaConfig:
     eos_token_id: int | list | None = None  # generation_config.json has the last word on where an answer ends
     description: str | None = None  # shown to whoever runs the model
 
+    @property
+    def eos_token_ids(self):
+        """The ids that end an answer, a list."""
+        return as_list(self.text_config.eos_token_id if self.eos_token_id is None else self.eos_token_id)
+
+    @property
+    def padding(self):
+        """The id that fills a row which is shorter than the others; the mask keeps it from being read."""
+        return self.eos_token_ids[0] if self.pad_token_id is None else self.pad_token_id
+
 
 class Projector(nn.Module):
     """The bridge: two linear layers with an exact GELU between them (LlavaMultiModalProjector)."""
@@ -106,17 +116,6 @@ class Llava(nn.Module):
     @property
     def dtype(self):
         return self.llama.embed.weight.dtype
-
-    @property
-    def eos_token_ids(self):
-        """The ids that end an answer."""
-        ids = self.config.eos_token_id
-        return as_list(self.config.text_config.eos_token_id if ids is None else ids)
-
-    @property
-    def pad_token_id(self):
-        """The id that fills a row which is shorter than the others; the mask keeps it from being read."""
-        return self.eos_token_ids[0] if self.config.pad_token_id is None else self.config.pad_token_id
 
     def get_image_features(self, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None):
         """Pictures (N, 3, H, W) → one embedding for each patch, (N, P, D) (LlavaModel.get_image_features).
@@ -222,7 +221,7 @@ class Llava(nn.Module):
 
         mask = torch.cat([past, grow(mask, False)], dim=1)
         labels = None if labels is None else grow(labels.to(self.device), -100)
-        return grow(input_ids, self.pad_token_id), mask, labels
+        return grow(input_ids, self.config.padding), mask, labels
 
     def expanded(self, input_ids, pixel_values, attention_mask=None, kv_cache=None):
         """ids and mask with the pictures' positions in them, before the pictures are looked at: to know how much room is needed."""
@@ -249,12 +248,12 @@ class Llava(nn.Module):
         """
         llama.check_sampling(max_new_tokens, temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        eos = torch.tensor(self.eos_token_ids, device=self.device)
+        eos = torch.tensor(self.config.eos_token_ids, device=self.device)
         going = torch.ones(len(input_ids), dtype=torch.bool, device=self.device)  # (B,)
 
         def choose(logits):
             nonlocal going
-            ids = llama.sample(logits, temperature, top_k, top_p, generator).where(going, self.pad_token_id)  # (B,)
+            ids = llama.sample(logits, temperature, top_k, top_p, generator).where(going, self.config.padding)  # (B,)
             real, going = going, going & ~torch.isin(ids, eos)
             return ids, None, real, bool(going.any())
 
@@ -274,10 +273,10 @@ class Llava(nn.Module):
             options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
             return torch.stack(list(self.stream(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, **options)), dim=1)
         llama.check_sampling(max_new_tokens, temperature, top_k, top_p, num_beams)
-        beams = llama.init_beams(len(input_ids), num_beams, max_new_tokens, self.pad_token_id, self.device)
+        beams = llama.init_beams(len(input_ids), num_beams, max_new_tokens, self.config.padding, self.device)
 
         def choose(logits):
-            ids, parents, more = llama.beam_step(beams, logits, self.eos_token_ids)
+            ids, parents, more = llama.beam_step(beams, logits, self.config.eos_token_ids)
             return ids, parents, torch.ones_like(ids, dtype=torch.bool), more
 
         for _ in self.steps(input_ids, pixel_values, attention_mask, kv_cache, max_new_tokens, choose, num_beams):
@@ -317,7 +316,7 @@ class Llava(nn.Module):
         The prompt and its pictures are read once; the answers go on from copies of its cache, side by side.
         """
         longest = max(len(answer) for answer in answers)
-        ids = torch.tensor([answer + [self.pad_token_id] * (longest - len(answer)) for answer in answers], device=self.device)
+        ids = torch.tensor([answer + [self.config.padding] * (longest - len(answer)) for answer in answers], device=self.device)
         real = torch.arange(longest, device=self.device) < torch.tensor([[len(answer)] for answer in answers], device=self.device)
         input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask)
         kv_cache = self.init_kv_cache(1, input_ids.shape[1])
@@ -416,8 +415,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.preprocess_config = preprocess_config
         self.image_id = config.image_token_index
-        self.eos_id = as_list(config.text_config.eos_token_id if config.eos_token_id is None else config.eos_token_id)[0]
-        self.pad_id = self.eos_id if config.pad_token_id is None else config.pad_token_id
+        self.eos_id, self.pad_id = config.eos_token_ids[0], config.padding
         self.before, self.after = TEMPLATES[config.text_config.model_type]
         if tokenizer.id(IMAGE) != self.image_id:
             raise ValueError(f"tokenizer.json gives {IMAGE} the id {tokenizer.id(IMAGE)}, config.json {self.image_id}")
@@ -611,7 +609,7 @@ def save(model, processor, folder):
     values |= {"projector_hidden_act": "gelu", "vocab_size": config.text_config.vocab_size}
     preprocessor = dataclasses.asdict(processor.preprocess_config) | STEPS | {"image_processor_type": "CLIPImageProcessor"}
     generation = {
-        "bos_token_id": config.text_config.bos_token_id, "eos_token_id": model.eos_token_ids, "pad_token_id": model.pad_token_id,
+        "bos_token_id": config.text_config.bos_token_id, "eos_token_id": model.config.eos_token_ids, "pad_token_id": model.config.padding,
     }  # fmt: skip
     configs = {
         "config.json": values, "preprocessor_config.json": preprocessor, "generation_config.json": generation,
@@ -801,9 +799,9 @@ def answer(model, processor, options, turns, images, talk=None):
         cost.close()
         if said:
             read = max(0, llama.length(talk.kv_cache) - end)
-            talk.ids = said[read:] + ([] if said[-1] in model.eos_token_ids else [processor.eos_id])
+            talk.ids = said[read:] + ([] if said[-1] in model.config.eos_token_ids else [processor.eos_id])
     print(cost.line(len(said)), file=sys.stderr)
-    if said[-1] not in model.eos_token_ids:
+    if said[-1] not in model.config.eos_token_ids:
         notice(f"the answer is cut off after {len(said)} tokens")
 
 

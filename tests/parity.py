@@ -79,18 +79,11 @@ def theirs(reference, folder, model_config, preprocess_config, prompt, image, gr
         stages |= {f"attention.{i}": weight for i, weight in enumerate(weights_, start=1)}
     labels = ids.masked_fill(ids == model_config.image_token_index, -100)
     stages |= loss_and_gradients(lambda: reference(**inputs, labels=labels).loss, reference, gradients, weights.our_name)
-    options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos(model_config), pad_token_id=pad(model_config))
+    eos, pad = model_config.eos_token_ids, model_config.padding
+    options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=pad)
     stages["tokens"] = reference.generate(**inputs, **options)[:, ids.shape[1] :]
     stages["beams"] = reference.generate(**inputs, **options, num_beams=3)[:, ids.shape[1] :]
     return on_cpu(stages)
-
-
-def eos(config):
-    return config.text_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
-
-
-def pad(config):
-    return llava.as_list(eos(config))[0] if config.pad_token_id is None else config.pad_token_id
 
 
 def loss_and_gradients(compute, model, gradients, rename):
