@@ -676,14 +676,14 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one line for a mistake instead of two."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        sys.exit(fail(f"{message} (--help lists the options)"))
 
 
 def parse(arguments):
     parser = Parser(prog="llava.py", description="Ask a LLaVA about pictures.")
     add = parser.add_argument
     add("--image", nargs="+", default=[], metavar="FILE", help="pictures; - reads one from standard input")
-    add("--prompt", default="Describe the image.", metavar="TEXT", help="the question (default: %(default)s)")
+    add("--prompt", type=readable, default="Describe the image.", metavar="TEXT", help="the question (default: %(default)s)")
     add("--model", default="llava-hf/llava-1.5-7b-hf", metavar="NAME", help="a Hub id, a folder, or tiny (default: %(default)s)")
     add("--revision", metavar="REV", help="a branch, tag or commit of the Hub's repository")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -695,18 +695,27 @@ def parse(arguments):
     add("--num-beams", type=int, default=1, metavar="N", help="search for the likeliest answer along N beams")
     add("--seed", type=int, metavar="N", help="of the sampling, to repeat it")
     add("--pad", action="store_true", default=None, help="pad to a square, as the authors' code does, instead of cropping to one")
-    add("--system", metavar="TEXT", help="a sentence in front of the prompt; authors: that of the authors' code")
+    add("--system", type=readable, metavar="TEXT", help="a sentence in front of the prompt; authors: that of the authors' code")
     add("--show-prompt", action="store_true", help="print the exact prompt, its ids and all shapes to stderr")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--chat", action="store_true", help="talk about the pictures; /image FILE adds one, Ctrl-D leaves")
     way.add_argument("--each", action="store_true", help="ask the question of each picture in turn")
-    way.add_argument("--choices", nargs="+", metavar="ANSWER", help="how likely each of these answers is, instead of an answer")
+    likely = "how likely each of these answers is, instead of an answer"
+    way.add_argument("--choices", type=readable, nargs="+", metavar="ANSWER", help=likely)
     return parser.parse_args(arguments)
+
+
+def readable(argument):
+    """An argument as text; bytes that are no characters, which the system hands over in disguise, become U+FFFD."""
+    return argument.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def main(arguments=None):
     """Run the command line; returns the exit status."""
     warnings.showwarning = lambda message, *_, **__: notice(message)
+    for stream in (sys.stdin, sys.stdout):  # one broken letter, or one that the terminal does not have, is no reason to stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return run(parse(arguments))
     except BrokenPipeError:  # the reader of stdout went away, as in `… | head -c 10`: not a mistake
@@ -725,13 +734,15 @@ def notice(message):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", str(message).replace("\n", " "), file=sys.stderr)
     return 2
 
 
 def run(options):
     """What the options ask for; returns the exit status."""
     llama.check_sampling(options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.num_beams)
+    if not -(2**63) <= (options.seed or 0) < 2**64:
+        raise ValueError(f"seed is {options.seed}, and must be a number of at most 64 bits")
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
     images = [] if options.each else [open_named(name) for name in options.image]
@@ -777,14 +788,7 @@ def answer(model, processor, options, turns, images, talk=None):
     pieces = processor.turns(turns, len(images))
     inputs = processor.inputs([[*talk.ids, *processor.encode(pieces)]], images, options.pad)
     del inputs["attention_mask"]  # one row has no padding, and what the cache holds it knows itself
-    past = llama.length(talk.kv_cache)
-    end = past + model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
-    if end > context(model):
-        raise ValueError(f"text and pictures take {end} positions, and the model has {context(model)}: ask for less at once")
-    if options.show_prompt:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
-        print(f"prompt: {processor.written([*talk.ids, *pieces])!r}", file=sys.stderr)
-        print(f"ids: {inputs['input_ids'][0].tolist()}\nshapes: {shapes}, expanded to {end - past} positions", file=sys.stderr)
+    end = check_prompt(model, processor, options, [*talk.ids, *pieces], inputs, llama.length(talk.kv_cache))
     cost, said = Cost(model), []
     settings = dict(max_new_tokens=min(options.max_new_tokens, context(model) - end + 1), kv_cache=talk.kv_cache)
     settings |= dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
@@ -803,6 +807,20 @@ def answer(model, processor, options, turns, images, talk=None):
     print(cost.line(len(said)), file=sys.stderr)
     if said[-1] not in model.config.eos_token_ids:
         notice(f"the answer is cut off after {len(said)} tokens")
+
+
+def check_prompt(model, processor, options, pieces, inputs, past=0):
+    """Where a prompt ends, behind `past` positions. Refuses what is too long; prints it to stderr if that is asked for."""
+    new = model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
+    if past + new > context(model):
+        raise ValueError(
+            f"text and pictures take {past + new} positions, and the model has {context(model)}: ask for less at once"
+        )
+    if options.show_prompt:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
+        print(f"prompt: {processor.written(pieces)!r}\nids: {inputs['input_ids'][0].tolist()}", file=sys.stderr)
+        print(f"shapes: {shapes}, expanded to {new} positions", file=sys.stderr)
+    return past + new
 
 
 def context(model):
@@ -831,7 +849,11 @@ def answer_each(model, processor, options):
 
 def print_choices(model, processor, images, options):
     """Each choice and its probability, given that the answer is one of them: the likelihood of its words and of the end."""
-    inputs = [processor.chat([*question(options), ("assistant", words)], images, options.pad) for words in options.choices]
+    turns = [[*question(options), ("assistant", words)] for words in options.choices]
+    inputs = [processor.chat(each, images, options.pad) for each in turns]
+    for each, tensors in zip(turns, inputs, strict=True):
+        pieces = [*processor.tokenizer.start, *processor.turns(each, len(images))]
+        check_prompt(model, processor, options, pieces, tensors)
     rows = [each["input_ids"][0].tolist() for each in inputs]
     asked = len(processor.chat(question(options), images, options.pad)["input_ids"][0])
     shared = 0  # how far the rows are alike: to the end of the question, unless a choice melts into it
@@ -893,9 +915,9 @@ def chat(model, processor, images, options):
     """
     talk, turns = Talk(processor.tokenizer.start, model.init_kv_cache(1, context(model))), opening(options)
     while (words := read_line()) is not None:
-        if words.startswith("/image "):
+        if words.split()[0] == "/image":
             try:
-                images = [*images, vision.open_image(words.removeprefix("/image ").strip())]
+                images = [*images, vision.open_image(words.removeprefix("/image").strip())]
             except (ValueError, OSError) as error:
                 fail(error)
             continue

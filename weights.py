@@ -109,6 +109,7 @@ def is_unused(name):
 
 CONFIGS = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth")
 
 
 def find(model, revision=None):
@@ -130,30 +131,61 @@ def download(repo, revision=None):
 
     Obeys HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Returns the folder of the snapshot.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 
     here = f"{repo} at revision {revision}" if revision else repo
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*CONFIGS, INDEX]))
-        revision = folder.name  # the commit, so that both halves are of the same one
+        commit = folder.name  # so that all the files are of the same one
         files = [file.name for file in shards(folder)] if (folder / INDEX).exists() else [SINGLE]
-        snapshot_download(repo, revision=revision, allow_patterns=files)
-        if not (folder / files[0]).exists() and not is_offline():
-            kept = [name for name in HfApi().list_repo_files(repo, revision=revision) if name.endswith((".bin", ".pt", ".pth"))]
-            if kept:
-                raise OSError(pickled(here, kept[0]))
+        for name in files:
+            if not (folder / name).exists() and not is_offline():
+                fetch(repo, name, commit, folder.parents[1] / "blobs")
+            hf_hub_download(repo, name, revision=commit)
     except errors.GatedRepoError:
         raise OSError(f"{here} asks for a consent: give it on its page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise OSError(f"{repo} has no revision {revision}") from None
     except errors.RepositoryNotFoundError:
         raise OSError(f"{here} is neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = "HF_HUB_OFFLINE is set" if is_offline() else "the Hub cannot be reached"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        why = "HF_HUB_OFFLINE is set" if is_offline() else f"the Hub gave no answer ({reason(error.__cause__ or error)})"
         raise OSError(f"{here} is not in the cache and {why}: give a folder, or --model tiny") from None
+    except errors.EntryNotFoundError:
+        kept = [file for file in HfApi().list_repo_files(repo, revision=commit) if file.endswith(PICKLED) and name == SINGLE]
+        raise OSError(pickled(here, kept[0]) if kept else f"{here} holds no {name}") from None
     except errors.HfHubHTTPError as error:
-        raise OSError(f"the Hub refused {here}: {str(error).splitlines()[0]}") from None
+        raise OSError(f"the Hub refused {here}: {reason(error)}") from None
+    except errors.HTTPError as error:  # of the connection
+        raise OSError(f"the download of {here} broke off ({reason(error)}): the same command goes on from there") from None
     return folder
+
+
+def fetch(repo, name, commit, blobs):
+    """A large file into the Hub's cache, where hf_hub_download then finds it. What an earlier call got of it before it was
+    stopped is kept and continued, while recent versions of the Hub's own client begin anew.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    blobs.mkdir(parents=True, exist_ok=True)
+    url = hf_hub_url(repo, name, revision=commit)
+    about = get_hf_file_metadata(url)
+    whole, part = blobs / about.etag, blobs / f"{about.etag}.part"
+    with WeakFileLock(blobs / f"{about.etag}.lock"):  # two processes that want the same file
+        if whole.exists():
+            return
+        with open(part, "ab") as file:
+            http_get(
+                url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=about.size, displayed_filename=name
+            )
+        part.replace(whole)
+
+
+def reason(error):
+    """The first line of an error that says anything."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def is_offline():
@@ -174,15 +206,16 @@ def shards(folder):
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if not (folder / INDEX).exists():
-        kept = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+        kept = sorted(file.name for file in folder.iterdir() if file.name.endswith(PICKLED))
         raise OSError(pickled(folder, kept[0]) if kept else f"{folder} holds neither {SINGLE} nor {INDEX}")
     weight_map = read_json(folder / INDEX).get("weight_map")
-    names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-    for name in names:
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map, which says what is in which file")
+    for name in weight_map.values():
         # the index comes from outside: a name with a path in it would make us open any file of this machine
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, which is not the bare name of a .safetensors file")
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -191,13 +224,13 @@ def shards(folder):
 
 def read_json(file):
     """A JSON file that holds an object → dict. Raises OSError or ValueError with a finished sentence."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}")
+    if file.stat().st_size > 50e6:
+        raise ValueError(f"{file} is too large to be a config")
     try:
-        if file.stat().st_size > 50e6:
-            raise ValueError(f"{file} is too large to be a config")
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file.parent} holds no {file.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of its syntax, its UTF-8, a number of thousands of digits, its depth
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
@@ -217,8 +250,8 @@ IGNORED = {  # fields that do not change what the model computes, of the model's
     "early_stopping", "encoder_no_repeat_ngram_size", "id2label", "label2id", "length_penalty", "max_length", "min_length",
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states",
     "output_scores", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty", "return_dict",
-    "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature", "tf_legacy_loss", "tie_word_embeddings", "tokenizer_class",
-    "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16",
+    "return_dict_in_generate", "sep_token_id", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tie_word_embeddings", "tokenizer_class", "top_k", "top_p", "torchscript", "typical_p", "use_bfloat16",
 }  # fmt: skip
 
 
@@ -252,7 +285,8 @@ def checked(value, expected, where):
     limit = 1024 if where.endswith("num_hidden_layers") else 2**24
     if type(value) in (int, float) and not -limit <= value <= limit:
         raise ValueError(f"{where} is {value!r}, out of range")
-    if type(value) is int and value < 1 and where.endswith(("size", "layers", "heads", "channels", "_dim", "embeddings", "window")):
+    counts = ("size", "layers", "heads", "channels", "_dim", "embeddings", "window")
+    if type(value) is int and value < 1 and where.endswith(counts):
         raise ValueError(f"{where} is {value!r}, and must be at least 1")
     return value
 
@@ -275,7 +309,7 @@ def scan(model, folder):
     for file in shards(folder):
         try:
             with safe_open(file, framework="pt") as header:
-                slices = {name: header.get_slice(name) for name in header.keys()}
+                slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
                 entries = [(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
         except FileNotFoundError:
             raise FileNotFoundError(f"{folder} lacks {file.name}, which its index names: download it again") from None
@@ -306,8 +340,11 @@ def scan(model, folder):
 def their_name(ours, found):
     """Our name → the name it would have in this checkpoint, judged by a tensor that is there."""
     published = translate(ours, THEIRS)
+    names = [name for _, name, _ in found.values()]
+    if any(name.startswith("model.") for name in names):
+        names.append("lm_head.")  # where the rest is below model., the head stands beside it
     for beginning, replaced in LAYOUTS:
-        if published.startswith(replaced) and any(name.startswith(beginning) for _, name, _ in found.values()):
+        if published.startswith(replaced) and any(name.startswith(beginning) for name in names):
             return beginning + published.removeprefix(replaced)
     return published
 
@@ -328,12 +365,13 @@ def read(model, found, dtype, device):
         # Opened anew each time, as a file's pages stay in memory while it is open; and copied, so that nothing refers to it.
         with safe_open(file, framework="pt") as tensors:
             state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
-    if model.llama.head.weight is model.llama.embed.weight:
-        if not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
-            file = found["llama.head.weight"][0]
-            raise ValueError(f"{file}: tie_word_embeddings is true, but the head differs from the embedding")
-        state["llama.head.weight"] = state["llama.embed.weight"]
+    tied = model.llama.head.weight is model.llama.embed.weight
+    if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
+        file, name, _ = found["llama.head.weight"]
+        raise ValueError(f"{file}: tie_word_embeddings is true, but {name} differs from the embedding")
     model.load_state_dict(state, assign=True)
+    if tied:  # assign makes two parameters of them
+        model.llama.head.weight = model.llama.embed.weight
 
 
 def progress(names, parameters):

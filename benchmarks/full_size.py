@@ -25,8 +25,8 @@ import tokenizers
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-import llava
-import weights
+import llava  # noqa: E402
+import weights  # noqa: E402
 
 TOP = {
     "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000, "model_type": "llava",
@@ -34,8 +34,8 @@ TOP = {
     "vision_feature_select_strategy": "default", "vocab_size": 32064,
 }  # fmt: skip
 TOWER = {
-    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model", "num_attention_heads": 16,
-    "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
 }  # fmt: skip
 CONFIGS = {  # config.json as published: most of the sizes are left to the classes' defaults
     "7b": TOP | {"tie_word_embeddings": False, "torch_dtype": "float16", "vision_config": TOWER, "text_config": {
@@ -63,7 +63,9 @@ PUBLISHED = {  # tensors, metadata.total_size, bytes of numbers in each shard (t
     "13b": (758, 26_702_989_312, [4.96e9, 4.97e9, 4.88e9, 4.93e9, 4.93e9, 2.02e9]),
     "bakllava": (686, 15_740_502_016, [4.89e9, 5.00e9, 4.92e9, 0.934e9]),
 }
-PREPROCESSOR = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "image_processor_type": "CLIPImageProcessor"}
+PREPROCESSOR = {
+    "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "image_processor_type": "CLIPImageProcessor",
+}  # fmt: skip
 TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -101,7 +103,8 @@ def tensors(config, tower_dtype, text_dtype):
     shapes[f"{start}embed_tokens.weight"] = [text["vocab_size"], wide]
     for i in range(text.get("num_hidden_layers", 32)):
         block = f"{start}layers.{i}."
-        shapes |= {f"{block}self_attn.{name}_proj.weight": [n, wide] for name, n in zip("qkvo", (wide, narrow, narrow, wide), strict=True)}
+        for name, rows in {"q": wide, "k": narrow, "v": narrow, "o": wide}.items():
+            shapes[f"{block}self_attn.{name}_proj.weight"] = [rows, wide]
         shapes |= {f"{block}mlp.gate_proj.weight": [inner, wide], f"{block}mlp.up_proj.weight": [inner, wide]}
         shapes |= {f"{block}mlp.down_proj.weight": [wide, inner]}
         shapes |= {f"{block}input_layernorm.weight": [wide], f"{block}post_attention_layernorm.weight": [wide]}
@@ -126,7 +129,7 @@ def cut(entries, limit=5_000_000_000):
 
 
 def write(folder, model, layers=None, holes=False):
-    """The checkpoint; returns the bytes of its numbers. Memory: one block of random numbers, written again and again."""
+    """The checkpoint; returns the bytes of its numbers, in the files and in bfloat16. One block of them is written repeatedly."""
     config = json.loads(json.dumps(CONFIGS[model]))
     if layers:
         config["text_config"]["num_hidden_layers"] = layers
@@ -173,7 +176,7 @@ def write(folder, model, layers=None, holes=False):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<image>", "<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return sum(sizes)
+    return sum(sizes), sum(nbytes(shape, torch.bfloat16) for _, shape, _ in entries)
 
 
 def fill(file, size, block):
@@ -236,10 +239,8 @@ def check(folder):
 
 def compare(model, folder, options):
     print(f"{model}{f', {options.layers} layers' if options.layers else ''}", flush=True)
-    size = write(folder, model, options.layers, holes=True)
+    size, needed = write(folder, model, options.layers, holes=True)
     check(folder)
-    stored = sum(torch.Size(shape).numel() for _, shape, _ in tensors(json.loads((folder / "config.json").read_text()), *DTYPES[model]))
-    needed = 2 * stored
     print(f"  {size / 1e9:.2f} GB in the files, {needed / 1e9:.2f} GB in bfloat16", flush=True)
     if needed * 1.05 + 2e9 > available():
         print(f"  not loaded: {available() / 1e9:.1f} GB of memory are free. --layers makes it smaller")
@@ -268,7 +269,8 @@ def compare(model, folder, options):
         print(f"  bound of 1.05 x weights + 0.5 GiB: {bound / 1e9:.2f} GB, kept: {best['ours']['peak'] <= bound}")
     if len(best) == 2:
         ratios = {key: best["ours"][key] / best["transformers"][key] for key in best["ours"]}
-        whole = (best["ours"]["seconds"] + best["ours"]["talk"]) / (best["transformers"]["seconds"] + best["transformers"]["talk"])
+        ours, theirs = ({**best[side]} for side in ("ours", "transformers"))
+        whole = (ours["seconds"] + ours["talk"]) / (theirs["seconds"] + theirs["talk"])
         print(
             f"  ours / transformers, the best of {options.rounds} each: load {ratios['seconds']:.2f}, peak {ratios['peak']:.2f}, "
             f"load and 4 tokens {whole:.2f}",

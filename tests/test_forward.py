@@ -1,0 +1,762 @@
+"""Every argument and every output of forward against transformers' LlavaForConditionalGeneration."""
+
+import copy
+
+import pytest
+import torch
+from reference import EDGE, FAMILIES, FEATURES, IMAGE, PAD, expanded, load_reference, make_checkpoint, reference_config
+from transformers import MistralConfig, MistralForCausalLM
+
+import llama
+import llava
+
+ROW = [1, 40, IMAGE, 41, 42, IMAGE, 43]  # two pictures: 5 + 2 * 16 = 37 positions
+ROWS = [[1, 50, 51, 52, 53, 54], [1, 60, 61, IMAGE, 62, 63, 64], [IMAGE, 1, 70, IMAGE]]  # none, one and two pictures
+PICTURES = [0, 1, 2]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoints):
+    """family → the reference that gives attention weights. For rows without padding only."""
+    return {family: load_reference(checkpoints[family], attention="eager") for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    """A pair of another config: (our model, the reference). Made once for each config."""
+    made = {}
+
+    def get(family, **changes):
+        key = (family, repr(changes))
+        if key not in made:
+            folder = make_checkpoint(tmp_path_factory.mktemp("variant"), family, **changes)
+            made[key] = llava.load(str(folder), device="cpu", dtype=torch.float64)[0], load_reference(folder)
+        return made[key]
+
+    return get
+
+
+def pictures(number, seed=1):
+    return torch.randn(number, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows, side):
+    """Rows of ids → ids and mask, padded on one side."""
+    longest = max(map(len, rows))
+    pads = [[PAD] * (longest - len(row)) for row in rows]
+    ids = torch.tensor([pad + row if side == "left" else row + pad for row, pad in zip(rows, pads, strict=True)])
+    return ids, (ids != PAD).long()
+
+
+def theirs_of(ids, pixels=None, mask=None, size=FEATURES):
+    """The reference's arguments for the same prompts."""
+    ids, mask, position_ids = expanded(ids, mask, size)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids}
+    return inputs if pixels is None else inputs | {"pixel_values": pixels.double()}
+
+
+def close(ours, theirs, bound=1e-9):
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Placeholders: where pictures stand, how many there are, and in which form
+
+PLACES = {
+    "in the middle": [ROW],
+    "at the start": [[IMAGE, 40, 41]],
+    "at the end": [[1, 40, 41, IMAGE]],
+    "nothing else": [[IMAGE]],
+    "side by side": [[1, IMAGE, IMAGE, 40, IMAGE]],
+    "different numbers": ROWS,
+    "all in the last row": [[1, 40, 41], [1, 42], [1, IMAGE, IMAGE, IMAGE]],
+    "all in the first row": [[IMAGE, 40, IMAGE], [1, 42, 43, 44, 45]],
+    "one long text row": [[1, IMAGE, 40], list(range(40, 80))],
+    "none": [[1, 40, 41, 42], [1, 43]],
+}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("place", PLACES)
+def test_pictures_stand_where_their_placeholders_do(model, reference, place, side):
+    ids, mask = padded(PLACES[place], side)
+    number = int((ids == IMAGE).sum())
+    pixels = pictures(number) if number else None
+    out = model(ids, pixels, mask, output_hidden_states=True)
+    theirs = reference(**theirs_of(ids, pixels, mask), output_hidden_states=True)
+    their_mask = expanded(ids, mask)[1].bool()
+    grown_ids, real = model.expanded(ids, pixels, mask)
+    assert torch.equal(grown_ids[real], expanded(ids, mask)[0][their_mask])
+    assert real.sum(1).tolist() == their_mask.sum(1).tolist()
+    close(out.hidden_states[0][real], theirs.hidden_states[0][their_mask], 1e-12)
+    close(out.logits[real], theirs.logits[their_mask])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_repeated_placeholders_give_what_one_for_each_picture_gives(model, side):
+    ids, mask = padded(ROWS, side)
+    pixels = pictures(3)
+    grown, real = model.expanded(ids, pixels, mask)
+    assert (grown == IMAGE).sum(1).tolist() == [0, FEATURES, 2 * FEATURES]
+    one, repeated = model(ids, pixels, mask, labels=ids), model(grown, pixels, real, labels=grown.masked_fill(~real, -100))
+    assert torch.equal(one.logits, repeated.logits)
+    assert torch.equal(model.expanded(grown, pixels, real)[0], grown)
+    close(repeated.loss, model(ids, pixels, mask, labels=ids.masked_fill(mask == 0, -100)).loss, 1e-12)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_goes_where_the_callers_padding_is(model, side):
+    ids, mask = padded(ROWS, side)
+    grown, real = model.expanded(ids, pictures(3), mask)
+    longest = real.shape[1]
+    for row, count in zip(real, real.sum(1).tolist(), strict=True):
+        pads = [0] * (longest - count)
+        assert row.long().tolist() == (pads + [1] * count if side == "left" else [1] * count + pads)
+    assert (grown[~real] == PAD).all()
+
+
+def test_a_mask_is_not_needed_without_padding(model):
+    ids = torch.tensor([ROW, [1, IMAGE, IMAGE, 40, 41, 42, 43]])
+    pixels = pictures(4)
+    assert torch.equal(model(ids, pixels).logits, model(ids, pixels, torch.ones_like(ids)).logits)
+    assert torch.equal(model(ids, pixels).logits, model(ids, pixels, torch.ones_like(ids, dtype=torch.bool)).logits)
+
+
+def test_pictures_are_taken_in_reading_order(model):
+    pixels = pictures(3)
+    ids, mask = padded(ROWS, "left")
+    features = model.get_image_features(pixels)
+    grown, _ = model.expanded(ids, pixels, mask)
+    x = model(ids, pixels, mask, output_hidden_states=True).hidden_states[0]
+    assert torch.equal(x[grown == IMAGE], features.flatten(0, 1))
+    assert torch.equal(x[grown != IMAGE], model.llama.embed(grown[grown != IMAGE]))
+
+
+def test_a_tower_with_a_single_feature():
+    """One feature for each picture: one placeholder and the repeated form are the same."""
+    tower = llava.vision.VisionConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=4)
+    text = llama.TextConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = llava.Llava(llava.LlavaConfig(tower, text, image_token_index=19))
+    out = model(torch.tensor([[1, 19, 5, 19]]), torch.randn(2, 3, 4, 4), output_hidden_states=True)
+    assert out.logits.shape == (1, 4, 20)
+    assert torch.equal(out.hidden_states[0][0, [1, 3]], out.image_hidden_states[:, 0])
+
+
+def test_an_embedding_of_zeros_is_text(model, reference):
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(reference)
+    ours.llama.embed.weight[[55, 0]] = theirs.get_input_embeddings().weight[[55, 0]] = 0
+    ids, mask = padded([[1, 55, IMAGE, 55, 40], [55, 0, 41]], "left")
+    out = ours(ids, pictures(1), mask, output_hidden_states=True)
+    grown, real = ours.expanded(ids, pictures(1), mask)
+    assert (out.hidden_states[0][grown == 55] == 0).all() and (grown == 55).sum() == 3
+    close(out.logits[real], theirs(**theirs_of(ids, pictures(1), mask)).logits[real])
+
+
+def test_features_of_zeros_are_a_picture(model, reference):
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(reference)
+    for layer in (ours.projector.linear_2, theirs.model.multi_modal_projector.linear_2):
+        layer.weight.zero_()
+        layer.bias.zero_()
+    ids, mask = padded(ROWS, "left")
+    out = ours(ids, pictures(3), mask)
+    assert (out.image_hidden_states == 0).all()
+    _, real = ours.expanded(ids, pictures(3), mask)
+    there = expanded(ids, mask)[1].bool()
+    close(out.logits[real], theirs(**theirs_of(ids, pictures(3), mask)).logits[there])
+
+
+def test_the_image_token_itself_is_never_embedded(model):
+    other = copy.deepcopy(model)
+    other.llama.embed.weight[IMAGE] = torch.nan
+    for ids in (torch.tensor([ROW]), model.expanded(torch.tensor([ROW]), pictures(2))[0]):
+        assert torch.equal(other(ids, pictures(2)).logits, model(ids, pictures(2)).logits)
+    other.config.image_token_index = 10**6  # or beyond the vocabulary, as in checkpoints that were never resized
+    other.llama.embed.weight[IMAGE] = model.llama.embed.weight[IMAGE]
+    try:
+        ids = torch.tensor([ROW]).where(torch.tensor([ROW]) != IMAGE, 10**6)
+        assert torch.equal(other(ids, pictures(2)).logits, model(torch.tensor([ROW]), pictures(2)).logits)
+    finally:
+        other.config.image_token_index = IMAGE
+
+
+@pytest.mark.parametrize("tokens, images", [(1, 2), (2, 1), (0, 1), (3, 1), (2, 3), (1, 0), (16, 2), (17, 1), (15, 1), (32, 1)])
+def test_a_wrong_number_of_pictures_is_one_error(model, tokens, images):
+    ids = torch.tensor([[1, *[IMAGE] * tokens, 40]])
+    with pytest.raises(ValueError, match=f"holds {tokens} image tokens and {images} pictures were given") as error:
+        model(ids, pictures(images) if images else None)
+    assert "one <image> for each picture" in str(error.value)
+    if images:
+        assert f"or {FEATURES} in a row" in str(error.value)
+
+
+def test_image_tokens_without_pictures_are_refused(model):
+    grown = expanded(torch.tensor([ROW]))[0]
+    with pytest.raises(ValueError, match="32 image tokens and 0 pictures"):
+        model(grown)
+
+
+def test_a_missing_picture_is_counted_over_the_whole_batch(model):
+    ids, mask = padded(ROWS, "left")
+    with pytest.raises(ValueError, match="holds 3 image tokens and 2 pictures"):
+        model(ids, pictures(2), mask)
+
+
+@pytest.mark.parametrize("wrong", [-1, -200, 10**6])
+def test_an_id_outside_the_vocabulary_is_named(model, wrong):
+    with pytest.raises(ValueError, match=f"{wrong} is not an id"):
+        model(torch.tensor([[1, 40, wrong, 41]]))
+    with pytest.raises(ValueError, match=f"{wrong} is not an id"):
+        model(torch.tensor([[1, IMAGE, wrong, 41]]), pictures(1))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_gives_each_row_what_it_gives_alone(model, side):
+    ids, mask = padded(ROWS, side)
+    pixels = pictures(3)
+    logits = model(ids, pixels, mask).logits
+    real = model.expanded(ids, pixels, mask)[1]
+    tokens = model.generate(ids, pixels, mask, max_new_tokens=14)
+    for i, (row, images) in enumerate(zip(ROWS, pixels.split(PICTURES), strict=True)):
+        alone = {"input_ids": torch.tensor([row]), "pixel_values": images if len(images) else None}
+        close(logits[i][real[i]], model(**alone).logits[0], 1e-11)
+        assert tokens[i].tolist() == model.generate(**alone, max_new_tokens=14)[0].tolist()
+    assert len({tuple(row) for row in tokens.tolist()}) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_padding_on_the_right_generates_what_padding_on_the_left_does(model, options):
+    left, right = ({"input_ids": ids, "attention_mask": mask} for ids, mask in (padded(ROWS, "left"), padded(ROWS, "right")))
+    expected = model.generate(**left, pixel_values=pictures(3), max_new_tokens=8, **options)
+    assert torch.equal(model.generate(**right, pixel_values=pictures(3), max_new_tokens=8, **options), expected)
+
+
+def test_positions_and_masks_of_padded_steps_are_those_of_the_references_generate(model, reference, monkeypatch):
+    steps, angles, visible = 5, llama.rope_angles, llama.visible
+    positions, masks, theirs = [], [], []
+    monkeypatch.setattr(llama, "rope_angles", lambda *args: positions.append(args[0]) or angles(*args))
+    monkeypatch.setattr(llama, "visible", lambda *args: masks.append(args[0]) or visible(*args))
+    hook = reference.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: theirs.append((kwargs["position_ids"], kwargs["attention_mask"])), with_kwargs=True
+    )
+    ids, mask = padded(ROWS, "left")
+    inputs = theirs_of(ids, pictures(3), mask)
+    del inputs["position_ids"]
+    try:
+        tokens = reference.generate(**inputs, max_new_tokens=steps, do_sample=False, eos_token_id=2, pad_token_id=PAD)
+    finally:
+        hook.remove()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=steps), tokens[:, -steps:])
+    assert len(positions) == len(masks) == len(theirs) == steps
+    for position, mask, (their_position, their_mask) in zip(positions, masks, theirs, strict=True):
+        assert torch.equal(position, their_position)
+        assert torch.equal(mask.long(), their_mask)
+    assert positions[-1].flatten().tolist() == [n + steps - 2 for n in inputs["attention_mask"].sum(1).tolist()]
+
+
+def test_the_model_may_say_the_image_token(model, reference):
+    """A word like any other once it comes out of the head: its own row is embedded in the next step."""
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(reference)
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    last = model(ids, pixels, output_hidden_states=True).hidden_states[-1][0, -1]
+    ours.llama.head.weight[IMAGE] = theirs.lm_head.weight[IMAGE] = 3 * last
+    inputs = theirs_of(ids, pixels)
+    tokens = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=2, pad_token_id=PAD)[:, -6:]
+    assert tokens[0, 0] == IMAGE
+    assert torch.equal(ours.generate(ids, pixels, max_new_tokens=6), tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def labelled(seed=0):
+    """A batch with labels, some of them ignored, and the reference's own form of both."""
+    ids, mask = padded(ROWS, "left")
+    labels = ids.clone()
+    labels[mask == 0] = -100
+    labels[:, -1] = torch.tensor([33, 34, 35])  # not what the next id is
+    for row, real in zip(labels, mask, strict=True):
+        row[int(real.argmax())] = -100  # predicted from padding
+    labels[1, -3] = -100
+    grown, real, positions = expanded(ids, mask)
+    theirs = torch.full_like(grown, -100)
+    for i, row in enumerate(ROWS):
+        values = [
+            value
+            for token, value in zip(row, labels[i, -len(row) :].tolist(), strict=True)
+            for value in ([-100] * FEATURES if token == IMAGE else [value])
+        ]
+        theirs[i, -len(values) :] = torch.tensor(values)
+    inputs = {"input_ids": grown, "attention_mask": real, "position_ids": positions, "pixel_values": pictures(3).double()}
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures(3)}, labels, inputs, theirs
+
+
+def test_loss_equals_the_reference(model, reference):
+    inputs, labels, their_inputs, their_labels = labelled()
+    loss = model(**inputs, labels=labels).loss
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    close(loss, reference(**their_inputs, labels=their_labels).loss, 1e-6)
+
+
+def test_loss_is_the_mean_over_the_next_labels(model):
+    ids = torch.tensor([[1, 40, 41, 42], [1, 43, 44, 45]])
+    labels = torch.tensor([[7, -100, 8, 9], [-100, -100, -100, 10]])
+    out = model(ids, labels=labels)
+    chances = out.logits.float().log_softmax(-1)
+    expected = -(chances[0, 1, 8] + chances[0, 2, 9] + chances[1, 2, 10]) / 3
+    torch.testing.assert_close(out.loss, expected)
+    assert model(ids).loss is None
+
+
+def test_positions_of_pictures_never_count(model, reference):
+    """labels = ids, as people write it: an image token is no word to be learnt. transformers 5 leaves that to the caller."""
+    row = torch.tensor([ROW])
+    grown = expanded(row)[0]
+    inputs = {"input_ids": grown, "pixel_values": pictures(2).double()}
+    expected = reference(**inputs, labels=grown.masked_fill(grown == IMAGE, -100)).loss
+    close(model(row, pictures(2), labels=row).loss, expected, 1e-6)
+    close(model(grown, pictures(2), labels=grown).loss, expected, 1e-6)
+    close(model(row, pictures(2), labels=row.masked_fill(row == IMAGE, -100)).loss, expected, 1e-6)
+    assert abs(reference(**inputs, labels=grown).loss - expected) > 1e-2
+
+
+def test_labels_grow_with_padding_on_the_right(model, reference):
+    ids, mask = padded(ROWS, "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs, _, their_inputs, _ = labelled()
+    grown, real = their_inputs["input_ids"], their_inputs["attention_mask"]
+    their_labels = grown.masked_fill((grown == IMAGE) | (real == 0), -100)
+    for row, there in zip(their_labels, real, strict=True):
+        row[int(there.argmax())] = -100  # on the right nothing predicts the first token
+    close(model(ids, inputs["pixel_values"], mask, labels=labels).loss, reference(**their_inputs, labels=their_labels).loss, 1e-6)
+
+
+def test_without_a_label_the_loss_is_not_a_number(model):
+    assert model(torch.tensor([[1, 40]]), labels=torch.full((1, 2), -100)).loss.isnan()
+
+
+def test_loss_of_embeddings(model, reference):
+    _, _, their_inputs, their_labels = labelled()
+    repeated = {name: their_inputs[name] for name in ("input_ids", "pixel_values", "attention_mask")}
+    x = model(**repeated, output_hidden_states=True).hidden_states[0]
+    out = model(inputs_embeds=x, attention_mask=their_inputs["attention_mask"], labels=their_labels)
+    close(out.loss, reference(**their_inputs, labels=their_labels).loss, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_loss_is_in_float32_whatever_the_model_is(dtype):
+    logits = torch.randn(2, 5, 30, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, 30, (2, 5))
+    loss = llava.next_token_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, llava.next_token_loss(logits.float(), labels))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Outputs
+
+
+@pytest.mark.parametrize("keep", [1, 3, 37, 100])
+def test_logits_to_keep_keeps_the_last(model, reference, keep):
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    full, some = model(ids, pixels, logits_to_keep=0).logits, model(ids, pixels, logits_to_keep=keep).logits
+    assert full.shape[1] == 37 and some.shape[1] == min(keep, 37)
+    close(some, full[:, -keep:], 1e-12)
+    close(some, reference(**theirs_of(ids, pixels), logits_to_keep=keep).logits)
+
+
+def test_the_head_runs_only_where_logits_are_kept(model):
+    ran = []
+    hook = model.llama.head.register_forward_hook(lambda module, args, out: ran.append(args[0].shape[1]))
+    try:
+        model(torch.tensor([ROW]), pictures(2), logits_to_keep=2)
+        model.generate(torch.tensor([ROW]), pictures(2), max_new_tokens=3)
+    finally:
+        hook.remove()
+    assert ran == [2, 1, 1, 1]
+
+
+def test_loss_counts_the_kept_positions(model):
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    grown = expanded(ids)[0]
+    kept = model(ids, pixels, labels=ids, logits_to_keep=4)
+    labels = grown.masked_fill(grown == IMAGE, -100)[:, -4:]
+    torch.testing.assert_close(kept.loss, llava.next_token_loss(model(ids, pixels).logits[:, -4:], labels))
+
+
+def test_hidden_states_are_the_references(model, reference):
+    ids, mask = padded(ROWS, "left")
+    pixels = pictures(3)
+    out = model(ids, pixels, mask, output_hidden_states=True)
+    theirs = reference(**theirs_of(ids, pixels, mask), output_hidden_states=True)
+    real, there = model.expanded(ids, pixels, mask)[1], expanded(ids, mask)[1].bool()
+    assert len(out.hidden_states) == len(theirs.hidden_states) == len(model.llama.blocks) + 1
+    for mine, other in zip(out.hidden_states, theirs.hidden_states, strict=True):
+        close(mine[real], other[there])
+
+
+def test_the_last_hidden_state_has_been_through_the_norm(model):
+    out = model(torch.tensor([ROW]), pictures(2), output_hidden_states=True)
+    assert torch.equal(model.llama.head(out.hidden_states[-1]), out.logits)
+
+
+def test_hidden_states_and_attentions_come_only_if_asked_for(model):
+    out = model(torch.tensor([ROW]), pictures(2))
+    assert out.hidden_states is None and out.attentions is None and out.kv_cache is None
+    out = model(torch.tensor([ROW]), pictures(2), output_attentions=True)
+    assert out.hidden_states is None and isinstance(out.attentions, tuple)
+
+
+def test_attentions_are_the_references(model, eager, family):
+    ids, pixels = torch.tensor([ROW, [1, IMAGE, IMAGE, 40, 41, 42, 43]]), pictures(4)
+    out = model(ids, pixels, output_attentions=True)
+    theirs = eager[family](**theirs_of(ids, pixels), output_attentions=True)
+    heads = model.config.text_config.num_attention_heads
+    assert len(out.attentions) == len(theirs.attentions) == len(model.llama.blocks)
+    for mine, other in zip(out.attentions, theirs.attentions, strict=True):
+        assert mine.shape == (2, heads, 37, 37) and mine.dtype == torch.float64
+        assert (mine - other).abs().max() <= 1e-6
+        assert (mine.sum(-1) - 1).abs().max() <= 1e-12
+    close(out.logits, model(ids, pixels).logits, 1e-11)
+
+
+def test_attentions_of_a_padded_row_are_those_of_the_row_alone(model):
+    ids, mask = padded(ROWS, "left")
+    attentions = model(ids, pictures(3), mask, output_attentions=True).attentions
+    alone = model(torch.tensor(ROWS[1:2]), pictures(3)[:1], output_attentions=True).attentions
+    length = len(ROWS[1]) + FEATURES - 1
+    for mine, other in zip(attentions, alone, strict=True):
+        assert (mine[1:2, :, -length:, -length:] - other).abs().max() <= 1e-12
+        assert (mine[1, :, -length:, :-length] == 0).all()
+
+
+def test_image_hidden_states_are_the_features_that_were_merged(model, reference):
+    ids, mask = padded(ROWS, "left")
+    out = model(ids, pictures(3), mask)
+    assert out.image_hidden_states.shape == (3, FEATURES, model.config.text_config.hidden_size)
+    theirs = reference(**theirs_of(ids, pictures(3), mask)).image_hidden_states
+    close(out.image_hidden_states.flatten(0, 1), theirs, 1e-11)
+    assert torch.equal(out.image_hidden_states, model.get_image_features(pictures(3)))
+    assert model(torch.tensor([[1, 40]])).image_hidden_states is None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Other ways in
+
+
+def test_embeddings_instead_of_ids(model, reference):
+    ids, mask = padded(ROWS, "left")
+    out = model(ids, pictures(3), mask, output_hidden_states=True)
+    x, real = out.hidden_states[0], model.expanded(ids, pictures(3), mask)[1]
+    assert torch.equal(model(inputs_embeds=x, attention_mask=real).logits, out.logits)
+    positions = (real.long().cumsum(1) - 1).clamp(min=0)
+    theirs = reference(inputs_embeds=x, attention_mask=real.long(), position_ids=positions).logits
+    close(out.logits[real], theirs[real])
+
+
+def test_ids_or_embeddings_and_not_both(model):
+    x = torch.randn(1, 3, model.config.text_config.hidden_size, dtype=torch.float64)
+    for inputs in ({}, {"input_ids": torch.tensor([[1, 40, 41]]), "inputs_embeds": x}, {"pixel_values": pictures(1)}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**inputs)
+
+
+def test_pictures_beside_embeddings_are_refused(model):
+    x = torch.randn(1, 3, model.config.text_config.hidden_size, dtype=torch.float64)
+    with pytest.raises(ValueError, match="pixel_values beside them"):
+        model(inputs_embeds=x, pixel_values=pictures(1))
+
+
+def test_positions_of_the_callers_choice(model, reference):
+    ids, pixels = torch.tensor([ROW, [1, IMAGE, IMAGE, 40, 41, 42, 43]]), pictures(4)
+    inputs = theirs_of(ids, pixels)
+    stretched = 3 + 2 * torch.arange(37).expand(2, -1) + torch.tensor([[0], [50]])
+    out = model(ids, pixels, position_ids=stretched)
+    close(out.logits, reference(**inputs | {"position_ids": stretched}).logits)
+    assert (out.logits - model(ids, pixels).logits).abs().max() > 1e-3
+    same = model(ids, pixels, position_ids=torch.arange(37).expand(2, -1))
+    assert torch.equal(same.logits, model(ids, pixels).logits)
+
+
+def test_positions_count_the_real_tokens_before_each_one(model):
+    for side in ("left", "right"):
+        ids, mask = padded(ROWS, side)
+        _, real = model.expanded(ids, pictures(3), mask)
+        positions = real.long().cumsum(1) - real.long()
+        given = model(ids, pictures(3), mask, position_ids=positions).logits
+        assert torch.equal(model(ids, pictures(3), mask).logits, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pixels_of_any_float_type(model, dtype):
+    ids, pixels = torch.tensor([ROW]), pictures(2).to(dtype)
+    assert torch.equal(model(ids, pixels).logits, model(ids, pixels.double()).logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which features of a picture
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3, -5, 1, 3, 4, [-2], [3], [-1]])
+def test_feature_layer_in_a_call(model, reference, layer):
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    out = model(ids, pixels, vision_feature_layer=layer)
+    close(out.logits, reference(**theirs_of(ids, pixels), vision_feature_layer=layer).logits)
+
+
+def test_feature_layer_zero_is_the_embedding(model, reference):
+    """As a list for the reference, which takes the number 0 for no number."""
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    out = model(ids, pixels, vision_feature_layer=0)
+    close(out.logits, reference(**theirs_of(ids, pixels), vision_feature_layer=[0]).logits)
+
+
+@pytest.mark.parametrize("layer", [[-1, -3, 1], 3, [-2], -1])
+def test_feature_layer_of_the_config(variant, family, layer):
+    model, reference = variant(family, vision_feature_layer=layer)
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    assert model.config.vision_feature_layer == layer
+    close(model(ids, pixels).logits, reference(**theirs_of(ids, pixels)).logits)
+
+
+@pytest.mark.parametrize("layers", [[0, 2, 4], [-2, -2, -2], [4, 3, 2]])
+def test_several_layers_in_a_call(variant, family, layers):
+    model, reference = variant(family, vision_feature_layer=[-1, -3, 1])
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    out = model(ids, pixels, vision_feature_layer=layers)
+    close(out.logits, reference(**theirs_of(ids, pixels), vision_feature_layer=layers).logits)
+    assert (out.logits - model(ids, pixels).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("layers", [[-1, -2], []])
+def test_as_many_layers_as_the_projector_takes(model, layers):
+    with pytest.raises(ValueError, match=f"vision_feature_layer names {len(layers)} layers .*projector.* 1"):
+        model(torch.tensor([ROW]), pictures(2), vision_feature_layer=layers)
+
+
+def test_features_with_the_class_token_in_a_call(model, reference):
+    ids, mask = padded(ROWS, "left")
+    pixels, size = pictures(3), FEATURES + 1
+    out = model(ids, pixels, mask, vision_feature_select_strategy="full")
+    inputs = theirs_of(ids, pixels, mask, size)
+    theirs = reference(**inputs, vision_feature_select_strategy="full")
+    assert out.image_hidden_states.shape[1] == size
+    for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        close(out.logits[i, -length:], theirs.logits[i, -length:])
+    repeated = model(**inputs, vision_feature_select_strategy="full")
+    close(repeated.logits[2], theirs.logits[2])
+
+
+def test_features_with_the_class_token_by_the_config(variant, family):
+    model, reference = variant(family, vision_feature_select_strategy="full", vision_feature_layer=[1, -1])
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    inputs = theirs_of(ids, pixels, size=FEATURES + 1)
+    close(model(ids, pixels).logits, reference(**inputs).logits)
+    assert torch.equal(model.expanded(ids, pixels)[0], inputs["input_ids"])
+    default = model(ids, pixels, vision_feature_select_strategy="default")
+    close(default.logits, reference(**theirs_of(ids, pixels), vision_feature_select_strategy="default").logits)
+    tokens = reference.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=PAD)
+    assert torch.equal(model.generate(ids, pixels, max_new_tokens=5), tokens[:, -5:])
+
+
+def test_get_image_features_is_the_references(model, reference):
+    pixels = pictures(2)
+    for layer, strategy in [(-2, "default"), (1, "full"), ([-1], "default")]:
+        theirs = reference.get_image_features(pixels.double(), layer, strategy).pooler_output
+        close(model.get_image_features(pixels, layer, strategy), torch.stack(theirs), 1e-11)
+
+
+def test_a_strategy_that_is_not_there_is_named(model):
+    for strategy in ("cls", "patch", "Default"):
+        with pytest.raises(ValueError, match=f"'{strategy}', and must be 'default' or 'full'"):
+            model(torch.tensor([ROW]), pictures(2), vision_feature_select_strategy=strategy)
+
+
+def test_a_projector_without_bias(variant, family):
+    model, reference = variant(family, multimodal_projector_bias=False)
+    assert model.projector.linear_1.bias is None and model.projector.linear_2.bias is None
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    close(model(ids, pixels).logits, reference(**theirs_of(ids, pixels)).logits)
+
+
+def test_eps_theta_and_head_width_come_from_the_config(variant, family):
+    text = {"rms_norm_eps": 0.2, "head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    model, reference = variant(family, text=text)
+    assert (model.config.text_config.rms_norm_eps, model.config.text_config.rope_theta) == (0.2, 50.0)
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    close(model(ids, pixels).logits, reference(**theirs_of(ids, pixels)).logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Mistral's window
+
+
+def test_the_window_counts_keys_as_the_reference_does(pairs, eager):
+    model, window = pairs["mistral"][0], reference_config("mistral").text_config.sliding_window
+    ids, pixels = torch.tensor([ROW]), pictures(2)
+    ours = model(ids, pixels, output_attentions=True).attentions[0]
+    theirs = eager["mistral"](**theirs_of(ids, pixels), output_attentions=True).attentions[0]
+    i, j = torch.arange(37)[:, None], torch.arange(37)
+    seen = (i - window < j) & (j <= i)
+    for weights in (ours, theirs):
+        assert torch.equal(weights > 0, seen.expand_as(weights))
+    assert seen.sum(1).max() == window  # the query's own among them
+
+
+def test_llama_has_no_window(pairs):
+    weights = pairs["llama"][0](torch.tensor([ROW]), pictures(2), output_attentions=True).attentions[0]
+    assert torch.equal(weights[0, 0] > 0, torch.ones(37, 37, dtype=torch.bool).tril())
+
+
+def test_steps_beyond_the_window_equal_the_reference(pairs):
+    """A prompt shorter than the window, then three windows of steps: logits as the reference's own cache gives them."""
+    model, _, reference = pairs["mistral"]
+    torch.manual_seed(2)
+    ids = torch.randint(40, 600, (2, 44))
+    cache, past = model.init_kv_cache(2, 44), None
+    full = reference(input_ids=ids).logits
+    for start, end in [(0, 6), *((i, i + 1) for i in range(6, 44))]:
+        ours = model(ids[:, start:end], kv_cache=cache).logits
+        out = reference(input_ids=ids[:, start:end], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        close(ours, out.logits)
+        close(ours, full[:, start:end])
+
+
+def test_the_window_of_the_published_size():
+    """4096 keys and more positions than that, on one narrow layer: position 4096 is the first that no longer sees position 0."""
+    window, T = 4096, 4104
+    config = MistralConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        head_dim=8, sliding_window=window, max_position_embeddings=8192, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    reference = MistralForCausalLM(config).double().eval()
+    for parameter in reference.parameters():
+        parameter.mul_(4)
+    names = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"}
+    sizes = {name: getattr(config, name) for name in names | {"vocab_size", "sliding_window", "rms_norm_eps"}}
+    model = llama.Llama(llama.TextConfig(model_type="mistral", rope_theta=config.rope_parameters["rope_theta"], **sizes)).double()
+    state = reference.state_dict()
+    model.load_state_dict({name: state[their] for name, their in one_layer_names().items()})
+
+    ids = torch.randint(1, 64, (1, T))
+    ids[0, 0] = 0  # the only one of its kind
+    theirs = reference(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    x = model.embed(ids)
+    ours = model.head(model(x)[0])
+    close(ours, theirs)
+    cache = llama.init_kv_cache(model.config, 1, T, torch.float64)
+    model(x[:, : window - 2], kv_cache=cache)
+    steps = [model.head(model(x[:, i : i + 1], kv_cache=cache)[0]) for i in range(window - 2, T)]
+    close(torch.cat(steps, dim=1), theirs[:, window - 2 :])
+
+    other = x.clone()
+    other[:, 0] += 1
+    cut = slice(window - 3, window + 3)
+    rows = (model.head(model(other)[0]) - ours).abs().amax(-1)[0, cut]
+    assert (rows > 1e-9).tolist() == [True, True, True, False, False, False]
+
+
+def one_layer_names():
+    """Our names of a decoder of one layer → the reference's."""
+    block, layer = "blocks.0.", "model.layers.0."
+    pairs = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
+    pairs |= {f"{block}attention.w{x}.weight": f"{layer}self_attn.{x}_proj.weight" for x in "qkvo"}
+    pairs |= {f"{block}mlp.{x}.weight": f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up", "down")}
+    pairs |= {f"{block}attention_norm.weight": f"{layer}input_layernorm.weight"}
+    return pairs | {f"{block}mlp_norm.weight": f"{layer}post_attention_layernorm.weight"}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Number types
+
+
+@pytest.fixture(scope="module")
+def typed(checkpoints):
+    """(family, dtype) → our model in that type."""
+    made = {}
+
+    def get(family, dtype):
+        if (family, dtype) not in made:
+            made[family, dtype] = llava.load(str(checkpoints[family]), device="cpu", dtype=dtype)[0]
+        return made[family, dtype]
+
+    return get
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_stay_in_the_type_that_was_asked_for(typed, family, dtype):
+    model = typed(family, dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    ids, mask = padded(ROWS, "left")
+    kinds = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda module, args, out, name=name: kinds.update({name: out.dtype}) if isinstance(out, torch.Tensor) else None
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        cache = model.init_kv_cache(3, 60)
+        out = model(ids, pictures(3), mask, kv_cache=cache, labels=ids, output_hidden_states=True, output_attentions=True)
+        step = model(torch.tensor([[40], [41], [42]]), kv_cache=cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(kinds) > 60 and set(kinds.values()) == {dtype}
+    outputs = [out.logits, step.logits, *out.hidden_states, *out.attentions, out.image_hidden_states, cache["keys.0"]]
+    assert {tensor.dtype for tensor in outputs} == {dtype}
+    assert out.loss.dtype == torch.float32
+    assert all(tensor.isfinite().all() for tensor in outputs)
+
+
+def test_norms_and_positions_compute_in_float32_in_a_narrow_type(typed, family, monkeypatch):
+    """Twice the precision where it matters: no squares and no angles in 16 bits, and none in 64 either, as in the reference."""
+    seen, rsqrt, cos = [], torch.rsqrt, torch.Tensor.cos
+    models = [typed(family, dtype) for dtype in DTYPES]
+    monkeypatch.setattr(torch, "rsqrt", lambda x: seen.append(x.dtype) or rsqrt(x))
+    monkeypatch.setattr(torch.Tensor, "cos", lambda x: seen.append(x.dtype) or cos(x))
+    for model in models:
+        model(torch.tensor([[1, 40, 41]]))
+    assert len(seen) == 4 * (7 + 1) and set(seen) == {torch.float32}
+
+
+def test_hidden_values_of_hundreds_do_not_overflow_float16(typed, family):
+    half, single = typed(family, torch.float16), typed(family, torch.float32)
+    x = 300 * torch.randn(1, 12, half.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1)).sign()
+    assert x.half().pow(2).isinf().all()
+    ours, truth = half(inputs_embeds=x.half()).logits, single(inputs_embeds=x).logits
+    assert ours.dtype == torch.float16 and ours.isfinite().all()
+    assert torch.cosine_similarity(ours.float(), truth, dim=-1).min() > 0.999
+
+
+def test_a_picture_that_overflows_is_reported_as_such(typed, family):
+    model = typed(family, torch.float16)
+    pixels = pictures(2)
+    pixels[1, 0, 0, 0] = 1e6  # infinite in float16
+    with pytest.raises(ValueError, match=r"the picture features are not finite in torch.float16: use a dtype of wider range"):
+        model(torch.tensor([ROW]), pixels)
+    pixels[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the picture features are not finite"):
+        model.get_image_features(pixels)
+
+
+def test_logits_that_overflow_are_reported_as_such(model):
+    other = copy.deepcopy(model)
+    other.llama.norm.weight[3] = torch.inf
+    for options in ({}, {"num_beams": 2}, {"temperature": 1.0}):
+        with pytest.raises(ValueError, match=r"the logits are not finite in torch.float64"):
+            other.generate(torch.tensor([[1, 40]]), max_new_tokens=2, **options)
