@@ -71,9 +71,10 @@ class Tokenizer:
         for i in ids:
             seen.append(int(i))
             text = self.decode(seen)
-            if len(text) > shown and not text.endswith("\ufffd"):
-                yield text[shown:]
-                shown = len(text)
+            if not text.endswith("\ufffd"):
+                piece, shown = text[shown:].replace("\ufffd", ""), len(text)
+                if piece:
+                    yield piece
 
 
 # ----------------------------------------------------------------------------------------------------------------

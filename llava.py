@@ -21,7 +21,6 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -224,7 +223,7 @@ class Llava(nn.Module):
         return grow(input_ids, self.config.padding), mask, labels
 
     def expanded(self, input_ids, pixel_values, attention_mask=None, kv_cache=None):
-        """ids and mask with the pictures' positions in them, before the pictures are looked at: to know how much room is needed."""
+        """ids and mask with the pictures' positions in them, before a picture is looked at: to know how much room is needed."""
         input_ids = input_ids.to(self.device)
         attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
         pictures = 0 if pixel_values is None else len(pixel_values)
@@ -428,6 +427,8 @@ class Processor:
         input_ids and attention_mask (B, T) int64, pixel_values (N, 3, H, W) float32. Raises ValueError or OSError.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            raise ValueError("there is no prompt in the list")
         return self.inputs([self.tokenizer.start + self.tokenizer.encode(text) for text in texts], images, pad)
 
     def chat(self, turns, images=None, pad=None):
@@ -509,7 +510,7 @@ def load(model, *, device="auto", dtype="auto", revision=None):
     device = pick_device(device)
     dtype = dtype if dtype == "auto" else pick_dtype(dtype)
     folder = weights.find(model, revision)
-    config, preprocess_config = read_config(folder)
+    config, preprocess_config = weights.read_config(folder, LlavaConfig, vision.PreprocessConfig)
     processor = Processor(llama.Tokenizer(folder / "tokenizer.json"), preprocess_config, config)
     with torch.device("meta"):
         llava = Llava(config).eval()
@@ -521,101 +522,10 @@ def load(model, *, device="auto", dtype="auto", revision=None):
     return llava, processor
 
 
-def read_config(folder):
-    """The JSON files of a checkpoint → LlavaConfig, PreprocessConfig. Raises ValueError that names the field."""
-    where = folder / "config.json"
-    values = weights.read_json(where)
-    if "mm_vision_tower" in values or "mm_projector_type" in values:
-        raise ValueError(f"{where} is of the authors' own format: use the same model as llava-hf converted it")
-    if values.get("model_type") != "llava":
-        name = (values.get("architectures") or [values.get("model_type")])[0]
-        raise ValueError(f"{where} describes a {name}; this is LLaVA (LlavaForConditionalGeneration) and runs nothing else")
-    text = dict(values.pop("text_config", None) or {})
-    tower = dict(values.pop("vision_config", None) or PUBLISHED_TOWER)
-    kind = text.pop("model_type", None) or "llama"
-    if kind not in TEMPLATES:
-        raise ValueError(f"{where}: text_config.model_type is {kind!r}; {' and '.join(TEMPLATES)} are supported")
-    if tower.pop("model_type", "clip_vision_model") != "clip_vision_model":
-        raise ValueError(f"{where}: vision_config.model_type is another than 'clip_vision_model', which alone is supported")
-    rope = {**(text.pop("rope_scaling", None) or {}), **(text.pop("rope_parameters", None) or {})}
-    if rope.pop("rope_type", rope.pop("type", "default")) != "default":
-        raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
-    text = {"model_type": kind, **(MISTRAL if kind == "mistral" else {}), **text, **rope}
-    if "sliding_window" in text and kind == "llama":
-        del text["sliding_window"]  # Llama has none, whatever its config says
-
-    fixed = dict(hidden_act="silu", attention_bias=False, mlp_bias=False)
-    text = weights.fill(llama.TextConfig, text, f"{where}: text_config", **fixed)
-    tower = weights.fill(vision.VisionConfig, tower, f"{where}: vision_config", hidden_act="quick_gelu")
-    config = weights.fill(LlavaConfig, values, where, projector_hidden_act="gelu")
-    text.tie_word_embeddings = config.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
-    config.text_config, config.vision_config = text, tower
-
-    if (folder / "generation_config.json").exists():
-        generation = weights.read_json(folder / "generation_config.json")
-        config.eos_token_id = generation.get("eos_token_id", config.eos_token_id)
-        config.pad_token_id = generation.get("pad_token_id", config.pad_token_id)
-    return config, read_preprocess_config(folder, tower.image_size)
-
-
-MISTRAL = {  # where transformers' MistralConfig has other defaults than LlamaConfig
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-PUBLISHED_TOWER = {  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-STEPS = dict(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, do_convert_rgb=True)  # preprocess has all
-
-
-def read_preprocess_config(folder, image_size):
-    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps it → PreprocessConfig."""
-    where = folder / "preprocessor_config.json"
-    if where.exists():
-        values = weights.read_json(where)
-    else:
-        where = folder / "processor_config.json"
-        values = weights.read_json(where).get("image_processor")
-        if not isinstance(values, dict):
-            raise ValueError(f"{folder} holds no preprocessor_config.json, and its processor_config.json no image_processor")
-    if not values.get("image_processor_type", "CLIP").startswith(("CLIP", "Llava")):
-        raise ValueError(f"{where}: image_processor_type is {values['image_processor_type']!r}; only CLIP's is supported")
-    size, crop = values.get("size", 224), values.get("crop_size", 224)
-    values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
-    values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    config = weights.fill(vision.PreprocessConfig, values, where, **STEPS)
-    if set(config.size) != {"shortest_edge"} or config.crop_size != {"height": image_size, "width": image_size}:
-        raise ValueError(
-            f"{where}: size {config.size} and crop_size {config.crop_size} are not supported: the picture's shortest_edge "
-            f"must be given, and the crop be the {image_size} pixels of the vision tower"
-        )
-    return config
-
-
 def save(model, processor, folder):
     """Write a checkpoint in the published layout, which load and transformers read."""
-    config, folder = model.config, Path(folder)
-    name = str(model.dtype).removeprefix("torch.")
-    values = dataclasses.asdict(config)
-    values |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "torch_dtype": name}
-    values["vision_config"] |= {"model_type": "clip_vision_model"}
-    values |= {"projector_hidden_act": "gelu", "vocab_size": config.text_config.vocab_size}
-    preprocessor = dataclasses.asdict(processor.preprocess_config) | STEPS | {"image_processor_type": "CLIPImageProcessor"}
-    generation = {
-        "bos_token_id": config.text_config.bos_token_id, "eos_token_id": model.config.eos_token_ids, "pad_token_id": model.config.padding,
-    }  # fmt: skip
-    configs = {
-        "config.json": values, "preprocessor_config.json": preprocessor, "generation_config.json": generation,
-    }  # fmt: skip
-    weights.write(model, folder, configs)
-    processor.tokenizer.bpe.save(str(folder / "tokenizer.json"))
+    weights.write(model, Path(folder), weights.json_files(model.config, processor.preprocess_config, model.dtype))
+    processor.tokenizer.bpe.save(str(Path(folder) / "tokenizer.json"))
 
 
 def pick_device(name):

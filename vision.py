@@ -45,6 +45,8 @@ def open_image(file):
     The reference (transformers' load_image) also applies the EXIF orientation to what it opens from a path.
     Raises FileNotFoundError, or ValueError, with a finished sentence.
     """
+    if not isinstance(file, (str, Path)) and not hasattr(file, "read"):
+        raise ValueError(f"a picture is a path, a PIL image or a binary file, not a {type(file).__name__}")
     name = str(file) if isinstance(file, (str, Path)) else "standard input"
     if name.lower().startswith(("http://", "https://")):
         raise ValueError(f"{name} is an address; pictures are read from files: download it first")

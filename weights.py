@@ -282,13 +282,124 @@ def checked(value, expected, where):
         value = float(value)
     if type(value) not in options:
         raise ValueError(f"{where} is {value!r}, of the wrong type")
-    limit = 1024 if where.endswith("num_hidden_layers") else 2**24
+    few = ("heads", "channels", "_dim", "image_size", "patch_size")
+    limit = 1024 if where.endswith("layers") else 4096 if where.endswith(few) else 2**24
     if type(value) in (int, float) and not -limit <= value <= limit:
         raise ValueError(f"{where} is {value!r}, out of range")
-    counts = ("size", "layers", "heads", "channels", "_dim", "embeddings", "window")
-    if type(value) is int and value < 1 and where.endswith(counts):
-        raise ValueError(f"{where} is {value!r}, and must be at least 1")
+    positive = ("size", "layers", "heads", "channels", "_dim", "embeddings", "window", "_eps", "_theta", "_factor")
+    if type(value) in (int, float) and value <= 0 and where.endswith(positive):
+        raise ValueError(f"{where} is {value!r}, and must be above 0")
+    if type(value) is list and not (value and all(type(item) in (int, float) for item in value)):
+        raise ValueError(f"{where} is {value!r}, and must be a list of numbers")
+    if type(value) is dict and not all(type(item) is int and 0 < item <= 4096 for item in value.values()):
+        raise ValueError(f"{where} is {value!r}, and must hold numbers of pixels")
     return value
+
+
+MISTRAL = {  # where transformers' MistralConfig has other defaults than LlamaConfig
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+}
+PUBLISHED_TOWER = {  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+STEPS = dict.fromkeys(["do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"], True)
+
+
+def read_config(folder, llava_config, preprocess_config):
+    """The JSON files of a checkpoint → the two given dataclasses, filled (llava.LlavaConfig, vision.PreprocessConfig).
+
+    Raises ValueError that names the field, or OSError that names the file.
+    """
+    where = folder / "config.json"
+    values = read_json(where)
+    if "mm_vision_tower" in values or "mm_projector_type" in values:
+        raise ValueError(f"{where} is of the authors' own format: use the same model as llava-hf converted it")
+    if values.get("model_type") != "llava":
+        names = values.get("architectures")
+        name = names[0] if isinstance(names, list) and names else values.get("model_type")
+        raise ValueError(f"{where} describes a {name}; this is LLaVA (LlavaForConditionalGeneration) and runs nothing else")
+    text, tower = section(values, "text_config", where), section(values, "vision_config", where) or PUBLISHED_TOWER
+    kind = text.setdefault("model_type", "llama")
+    if kind not in ("llama", "mistral"):
+        raise ValueError(f"{where}: text_config.model_type is {kind!r}; llama and mistral are supported")
+    if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise ValueError(f"{where}: vision_config.model_type is {tower['model_type']!r}; clip_vision_model is supported")
+    rope = section(text, "rope_scaling", where) | section(text, "rope_parameters", where)  # its old and its new name
+    if rope.pop("rope_type", rope.pop("type", "default")) != "default":
+        raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
+    if kind == "mistral":
+        text = MISTRAL | text
+    else:
+        text.pop("sliding_window", None)  # Llama has none, whatever its config says
+
+    classes = {field.name: field.type for field in dataclasses.fields(llava_config)}
+    text = fill(classes["text_config"], text | rope, f"{where}: text_config", **TEXT_FIXED)
+    tower = fill(classes["vision_config"], tower, f"{where}: vision_config", hidden_act="quick_gelu")
+    if (folder / "generation_config.json").exists():  # it has the last word on where an answer ends
+        generation = read_json(folder / "generation_config.json")
+        values |= {name: generation[name] for name in ("eos_token_id", "pad_token_id") if generation.get(name) is not None}
+    if tower.hidden_size % tower.num_attention_heads:
+        raise ValueError(f"{where}: vision_config: hidden_size is not a multiple of num_attention_heads")
+    if text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
+        raise ValueError(f"{where}: text_config: num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd")
+    config = fill(llava_config, values, where, projector_hidden_act="gelu")
+    config.text_config, config.vision_config = text, tower
+    text.tie_word_embeddings = config.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
+    return config, read_preprocess_config(folder, preprocess_config, tower.image_size)
+
+
+def section(values, name, where):
+    """Take a JSON object out of another one; {} if it is absent or null."""
+    value = values.pop(name, None)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{where}: {name} is {value!r}, and must be an object")
+    return value or {}
+
+
+def read_preprocess_config(folder, preprocess_config, image_size):
+    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps it → the dataclass."""
+    where = folder / "preprocessor_config.json"
+    if where.exists():
+        values = read_json(where)
+    else:
+        where = folder / "processor_config.json"
+        values = section(read_json(where), "image_processor", where)
+        if not values:
+            raise ValueError(f"{folder} holds no preprocessor_config.json, and its processor_config.json no image_processor")
+    kind = values.get("image_processor_type", "CLIP")
+    if not str(kind).startswith(("CLIP", "Llava")):
+        raise ValueError(f"{where}: image_processor_type is {kind!r}; only CLIP's is supported")
+    size, crop = values.get("size", 224), values.get("crop_size", 224)
+    values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
+    values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    config = fill(preprocess_config, values, where, **STEPS)
+    if set(config.size) != {"shortest_edge"} or config.crop_size != {"height": image_size, "width": image_size}:
+        raise ValueError(
+            f"{where}: size {config.size} and crop_size {config.crop_size} are not supported: the picture's shortest_edge "
+            f"must be given, and the crop be the {image_size} pixels of the vision tower"
+        )
+    return config
+
+
+def json_files(config, preprocess_config, dtype):
+    """The same, the other way round: {file name: JSON object} as read_config and transformers read them."""
+    values = dataclasses.asdict(config)
+    values |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "projector_hidden_act": "gelu"}
+    values |= {"vocab_size": config.text_config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
+    values["vision_config"]["model_type"] = "clip_vision_model"
+    preprocessor = dataclasses.asdict(preprocess_config) | STEPS | {"image_processor_type": "CLIPImageProcessor"}
+    ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.padding}
+    generation = {"bos_token_id": config.text_config.bos_token_id, **ends}
+    return {"config.json": values, "generation_config.json": generation, "preprocessor_config.json": preprocessor}
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ SIXTEEN = (torch.bfloat16, torch.float16)
 def ours(model, processor, image, gradients=True, pad=None):
     """Every stage of our model on one question about one picture: {name: tensor}, in the order of the data's flow."""
     inputs = processor.chat([("user", QUESTION)], [image], pad)
-    ids, mask = model.expanded(inputs["input_ids"], inputs["pixel_values"])
+    ids, _ = model.expanded(inputs["input_ids"], inputs["pixel_values"])
     stages = {"ids": ids, "pixels": inputs["pixel_values"]}
     with torch.no_grad():
         states = model.vision(inputs["pixel_values"].to(model.device), range(len(model.vision.blocks) + 1))
@@ -154,7 +154,8 @@ def report(rows, names):
         ok = relative <= limit
         over += [] if ok else [stage]
         print(f"{stage:<34} {worst:>15.3e} {relative:>10.1e} {cosine:>12.9f} {limit:>8.0e}{'' if ok else '  <-- over'}")
-    print(f"{len(rows)} stages, {a} against {b}: " + (f"{over[0]} is the first that departs" if over else "all within their bounds"))
+    verdict = f"{over[0]} is the first that departs" if over else "all within their bounds"
+    print(f"{len(rows)} stages, {a} against {b}: {verdict}")
     return over
 
 

@@ -80,7 +80,7 @@ def test_padding_on_the_left_stays_masked_in_chunks_and_steps(model, inputs):
     full = model(**inputs).logits
     padded = torch.tensor([[PAD] * 5 + TEXT])
     mask = (padded != PAD).long()
-    ids, real = model.expanded(padded, inputs["pixel_values"], mask)
+    _, real = model.expanded(padded, inputs["pixel_values"], mask)
     x = model(padded, inputs["pixel_values"], mask, output_hidden_states=True).hidden_states[0]
     cache, logits = model.init_kv_cache(1, x.shape[1]), []
     first = model(inputs_embeds=x[:, :9], attention_mask=real[:, :9], kv_cache=cache).logits

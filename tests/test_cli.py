@@ -214,11 +214,11 @@ def test_the_cost_line_tells_the_stages_apart(monkeypatch, ask, pictures):
 
 
 class Screen(io.StringIO):
-    """A stdout that notes each piece when it is flushed, and how many passes the model had made by then."""
+    """A stdout that notes each piece when it is flushed, and the passes of the language model by then."""
 
     def __init__(self):
         super().__init__()
-        self.pieces, self.passes, self.shown = [], 0, 0
+        self.pieces, self.passes, self.rows, self.shown = [], 0, set(), 0
 
     def flush(self):
         text = self.getvalue()
@@ -233,9 +233,10 @@ def watch(monkeypatch, ask):
     def watch(*arguments):
         screen, forward = Screen(), llama.Llama.forward
 
-        def counted(*args, **kwargs):
+        def counted(self, x, *args, **kwargs):
             screen.passes += 1
-            return forward(*args, **kwargs)
+            screen.rows.add(len(x))
+            return forward(self, x, *args, **kwargs)
 
         with monkeypatch.context() as patch:
             patch.setattr(llama.Llama, "forward", counted)
@@ -260,7 +261,7 @@ def test_only_whole_characters_are_shown(watch, monkeypatch):
     assert [piece for piece in watch().pieces if piece[0]] == [("é", 2), ("猫", 5), ("🐈", 9), ("\n", 10)]
 
 
-def test_a_letter_that_the_terminal_lacks_is_no_error(monkeypatch, folder):
+def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
     say(monkeypatch, byte_ids("café"))
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
@@ -331,6 +332,7 @@ def test_beams(watch, ours):
     assert screen.getvalue() == found + "\n"
     assert found != expected(ours, "Hi", max_new_tokens=12)
     assert screen.pieces[0][0].startswith(found)  # all at once
+    assert screen.rows == {1, 4}  # the prompt, and the steps of all beams
 
 
 def test_pad_and_crop(ask, ours, pictures):

@@ -25,6 +25,8 @@ import pytest
 import torch
 
 import llava
+import vision
+import weights
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [name for name in ("README.md", "CONTRIBUTING.md", "tiny/README.md") if (ROOT / name).exists()]
@@ -214,7 +216,7 @@ def published(name, folder):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 336}, "crop_size": crop}))
     with torch.device("meta"):
-        return llava.Llava(llava.read_config(folder)[0])
+        return llava.Llava(weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)[0])
 
 
 def size(module):

@@ -15,6 +15,7 @@ from reference import PREPROCESSOR, ROOT, load_reference, published_names
 from safetensors.torch import load_file, save_file
 
 import llava
+import vision
 import weights
 from benchmarks import full_size
 
@@ -46,11 +47,15 @@ def meta(config):
 
 
 def read_config(folder, values, edge=336):
-    """llava.read_config of config.json's values and a preprocessor_config.json for pictures of that edge."""
+    """weights.read_config of config.json's values and a preprocessor_config.json for pictures of that edge."""
     preprocessor = PREPROCESSOR | {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return llava.read_config(folder)
+    return configs(folder)
+
+
+def configs(folder):
+    return weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)
 
 
 def same(model, other):
@@ -298,6 +303,9 @@ def test_the_class_defaults_are_those_of_transformers(tmp_path):
     ({"vision_config": {"num_hidden_layers": 10**9}}, "vision_config: num_hidden_layers is 1000000000"),
     ({"text_config": {"hidden_size": 10**12}}, "text_config: hidden_size is 1000000000000"),
     ({"text_config": {"vocab_size": 10**30}}, "text_config: vocab_size"),
+    ({"text_config": {"head_dim": 2**24, "num_attention_heads": 2**24}}, "text_config: head_dim is 16777216"),
+    ({"text_config": {"rms_norm_eps": -1e-5}}, "text_config: rms_norm_eps is -1e-05"),
+    ({"text_config": {"rope_theta": 0}}, "text_config: rope_theta is 0"),
     ({"vision_config": {"patch_size": 0}}, "vision_config: patch_size is 0"),
     ({"vision_feature_layer": "last"}, "vision_feature_layer is 'last'"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
@@ -372,7 +380,7 @@ def test_a_config_that_transformers_4_38_saved_in_full_loads(copy, checkpoints):
 def test_rope_theta_is_found_in_its_old_and_its_new_place(copy):
     for place in ({"rope_theta": 5e5, "rope_parameters": ...}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}):
         copy.config(text_config=place)
-        assert llava.read_config(copy.folder)[0].text_config.rope_theta == 5e5
+        assert configs(copy.folder)[0].text_config.rope_theta == 5e5
 
 
 @pytest.mark.parametrize("ids", [7, [7, 9]])
@@ -602,7 +610,7 @@ def test_the_peak_of_the_memory_while_loading(copy, stored):
     """At most 1.05 x the weights at the asked dtype + 0.5 GiB, with and without a cast; and no file is left mapped."""
     copy.config(text_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8,
                              "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 16000})  # fmt: skip
-    shapes = {name: tensor.shape for name, tensor in meta(llava.read_config(copy.folder)[0]).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in meta(configs(copy.folder)[0]).state_dict().items()}
     size = 2 * sum(shape.numel() for shape in shapes.values())
     assert size > 400e6
     entries, end = {}, 0
