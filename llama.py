@@ -15,6 +15,7 @@ key-value heads than query heads and a window beyond which attention does not lo
     E        width of one head                                   128            128
     F        width of the MLP                                    11008          14336
     V        size of the vocabulary                              32064          32064
+    n, k     beams of a row, candidates that they grow into
 
 Notebook: the voice. Next file: llava.py.
 """
@@ -475,7 +476,7 @@ def beam_step(beams, logits, eos_token_ids):
     # so many that n go on even if all the best ones end here
     scores, order = scores.flatten(1).topk(max(2, 1 + len(eos_token_ids)) * n)  # (B, k), (B, k)
     parents, tokens = order // V, order % V  # (B, k), (B, k)
-    ids = take(beams["ids"], parents)  # (B, k, max_new_tokens)
+    ids = take(beams["ids"], parents)  # (B, k, limit)
     ids[:, :, step] = tokens
     ends = torch.isin(tokens, torch.tensor(eos_token_ids, device=tokens.device)) | (step + 1 == limit)  # (B, k)
 

@@ -14,9 +14,12 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 
     letter   meaning
     N        pictures, in reading order over the batch
-    P        features of a picture
+    P        features of a picture, one for each patch
+    H, W     height and width of a preprocessed picture
+    L, C     layers of the tower that are read, width of each
     B, T     rows of the batch, positions (new ones, where a cache holds others)
-    D        width of the language model
+    S        all positions, those in the cache first
+    D, A     width and attention heads of the language model
     V        size of the vocabulary
 """
 
@@ -86,7 +89,7 @@ class LlavaOutput:
     """What forward returns; T counts expanded positions.
 
     loss () float32 · logits (B, T, V) · kv_cache as it was passed in · hidden_states: layers + 1 of (B, T, D), the last after
-    the final norm · attentions: layers of (B, H, T, S) · image_hidden_states (N, P, D), the features that were merged.
+    the final norm · attentions: layers of (B, A, T, S) · image_hidden_states (N, P, D), the features that were merged.
     """
 
     loss: torch.Tensor | None = None
@@ -126,9 +129,14 @@ class Llava(nn.Module):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if strategy not in ("default", "full"):
             raise ValueError(f"vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
+        wanted = self.projector.linear_1.in_features // self.config.vision_config.hidden_size
+        if len(layers) != wanted:
+            raise ValueError(f"vision_feature_layer names {len(layers)} layers of the tower, and the projector takes {wanted}")
         states = self.vision(pixel_values.to(self.device), layers)
-        x = torch.cat(states, dim=-1)  # (N, P + 1, layers * width of the tower)
-        x = self.projector(x[:, 1:] if strategy == "default" else x)  # (N, P, D)
+        if strategy == "default":
+            states = [x[:, 1:] for x in states]
+        x = torch.cat(states, dim=-1)  # (N, P, L * C)
+        x = self.projector(x)  # (N, P, D)
         return check_finite(x, "the picture features")
 
     def merge(self, input_ids, features=None):
@@ -145,7 +153,12 @@ class Llava(nn.Module):
                 f"the prompt holds {tokens} image tokens and {pictures} pictures were given: it takes one <image> for each "
                 f"picture (or {size or 'all its features'} in a row, if they are expanded already)"
             )
-        x = self.llama.embed(input_ids.masked_fill(is_image, 0))  # (B, T, D)
+        input_ids = input_ids.masked_fill(is_image, 0)
+        last = self.llama.embed.num_embeddings - 1
+        unknown = input_ids[(input_ids < 0) | (input_ids > last)]
+        if len(unknown):
+            raise ValueError(f"{int(unknown[0])} is not an id: those of this model end at {last}")
+        x = self.llama.embed(input_ids)  # (B, T, D)
         return x if features is None else x.masked_scatter(is_image[..., None], features.to(x.dtype))
 
     def forward(
@@ -290,6 +303,9 @@ class Llava(nn.Module):
         """
         input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask, kv_cache)
         B, T = input_ids.shape
+        past, new = attention_mask[:, :-T], attention_mask[:, -T:]
+        order = new.long().argsort(dim=1, stable=True)  # padding goes to the left: a new token follows the last real one
+        input_ids, attention_mask = input_ids.gather(1, order), torch.cat([past, new.gather(1, order)], dim=1)
         if kv_cache is None:
             kv_cache = self.init_kv_cache(B, T + max_new_tokens - 1)
         elif copies == 1:
@@ -306,7 +322,8 @@ class Llava(nn.Module):
             if parents is not None:
                 llama.reorder_cache(kv_cache, parents)
             attention_mask = torch.cat([kv_cache["real"][:, : llama.length(kv_cache)], real[:, None]], dim=1)
-            logits = self(ids[:, None], attention_mask=attention_mask, kv_cache=kv_cache).logits  # (rows, 1, V)
+            x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
+            logits = self(inputs_embeds=x, attention_mask=attention_mask, kv_cache=kv_cache).logits  # (B * copies, 1, V)
 
     @torch.no_grad()
     def score(self, answers, input_ids, pixel_values=None, attention_mask=None):

@@ -305,8 +305,19 @@ def test_the_class_defaults_are_those_of_transformers(tmp_path):
     ({"text_config": {"vocab_size": 10**30}}, "text_config: vocab_size"),
     ({"text_config": {"head_dim": 2**24, "num_attention_heads": 2**24}}, "text_config: head_dim is 16777216"),
     ({"text_config": {"rms_norm_eps": -1e-5}}, "text_config: rms_norm_eps is -1e-05"),
-    ({"text_config": {"rope_theta": 0}}, "text_config: rope_theta is 0"),
+    ({"text_config": {"rope_theta": 0, "rope_parameters": ...}}, "text_config: rope_theta is 0"),
     ({"vision_config": {"patch_size": 0}}, "vision_config: patch_size is 0"),
+    ({"text_config": "x"}, "text_config is 'x'"),
+    ({"vision_config": [1]}, "vision_config is [1]"),
+    ({"text_config": {"rope_scaling": "x"}}, "rope_scaling is 'x'"),
+    ({"text_config": {"model_type": ["llama"]}}, "text_config.model_type is ['llama']"),
+    ({"model_type": None, "architectures": {"a": 1}}, "describes a None"),
+    ({"model_type": None, "architectures": 5}, "describes a None"),
+    ({"vision_config": {"num_attention_heads": 5}}, "multiple of num_attention_heads"),
+    ({"text_config": {"num_key_value_heads": 4}}, "num_key_value_heads"),
+    ({"text_config": {"head_dim": 7}}, "head_dim is odd"),
+    ({"vision_feature_layer": []}, "vision_feature_layer is []"),
+    ({"vision_feature_layer": ["a"]}, "vision_feature_layer is ['a']"),
     ({"vision_feature_layer": "last"}, "vision_feature_layer is 'last'"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
 ])  # fmt: skip
@@ -389,6 +400,11 @@ def test_generation_config_has_the_last_word_on_where_an_answer_ends(copy, ids):
     assert model.config.eos_token_ids == (ids if isinstance(ids, list) else [ids])
 
 
+@pytest.mark.parametrize("ids", ["x", ["x"], [], {"a": 1}, 2.5, True])
+def test_an_end_that_is_no_token_is_refused_by_its_field(copy, ids):
+    assert "eos_token_id" in refusal(copy.config("generation_config.json", eos_token_id=ids).write())
+
+
 def test_a_checkpoint_without_generation_config_loads(copy):
     (copy.folder / "generation_config.json").unlink()
     assert load(copy.write()).config.eos_token_ids == [2]
@@ -422,6 +438,11 @@ def test_a_folder_without_preprocessing_numbers_is_refused(copy):
     ({"do_center_crop": False}, "do_center_crop is False"),
     ({"do_resize": False}, "do_resize is False"),
     ({"image_mean": "grey"}, "image_mean"),
+    ({"image_mean": ["grey"]}, "image_mean"),
+    ({"image_processor_type": 5}, "image_processor_type is 5"),
+    ({"size": {"shortest_edge": "28"}}, "size is {'shortest_edge': '28'}"),
+    ({"size": {"shortest_edge": 10**9}}, "size is {'shortest_edge': 1000000000}"),
+    ({"size": True}, "size"),
     ({"crop_size": {"height": 27, "width": 28}}, "crop_size"),
     ({"size": {"height": 28, "width": 28}}, "size"),
     ({"wholly_new": 1}, "wholly_new"),
