@@ -5,6 +5,7 @@ The published weights are not needed: a network of the same build with other siz
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import tokenizers
@@ -110,3 +111,7 @@ def expanded(input_ids, attention_mask=None, size=FEATURES):
     ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+if __name__ == "__main__":  # python tests/reference.py FOLDER llama: a random checkpoint, to try things on
+    make_checkpoint(*sys.argv[1:3])

@@ -46,21 +46,22 @@ class Log:
     """What a model reads and says, and what may happen meanwhile."""
 
     def __init__(self, model, monkeypatch):
-        self.passes = []  # the ids of each pass through the model, of its first row, one for each picture
+        self.passes = []  # the ids of each pass through the decoder, of its first row, one for each picture
         self.rows = []  # how many rows each pass had
         self.pictures = []  # how many pictures each look took in
         self.answers = []  # the ids of each answer, as far as it came
         monkeypatch.setattr(model, "stream", self.overheard(model.stream, lambda ids: ids.tolist()))
         monkeypatch.setattr(model, "generate", self.overheard(model.generate, lambda ids: ids[0].tolist()))
         self.hooks = [
-            model.register_forward_pre_hook(self.read, with_kwargs=True),
+            model.llama.register_forward_pre_hook(self.read),
             model.vision.register_forward_pre_hook(lambda _, args: self.pictures.append(len(args[0]))),
         ]
 
-    def read(self, _, args, kwargs):
-        ids = args[0] if args else kwargs["input_ids"]
-        self.rows.append(len(ids))
-        ids = ids[0].tolist()
+    def read(self, llama, args):
+        """The ids of what the decoder is given: the words whose embeddings they are, else a feature of a picture."""
+        self.rows.append(len(args[0]))
+        known = (args[0][0][:, None] == llama.embed.weight).all(-1)  # (T, V)
+        ids = [row.index(True) if True in row else IMAGE for row in known.tolist()]
         starts = [i for i, token in enumerate(ids) if token == IMAGE]
         assert len(starts) % FEATURES == 0
         spare = {start for i, start in enumerate(starts) if i % FEATURES}
@@ -474,17 +475,17 @@ def test_a_terminal(tmp_path):
         terminal.type("ello\x01H\x05 there\r")  # Ctrl-A goes to the beginning of the line, Ctrl-E to its end
         terminal.wait(BEGUN)  # the answer has begun, and would last for many seconds
         terminal.type("\x03")
-        terminal.wait("\n> $", seconds=20)
+        terminal.wait("\n> $")
         terminal.type("\x1b[A\x7f\x7f\r")  # arrow up: the line before; backspace
         terminal.wait(BEGUN)
         terminal.type("\x03")
-        terminal.wait("\n> $", seconds=20)
+        terminal.wait("\n> $")
         terminal.type("never mind")
         terminal.wait("never mind")
         terminal.type("\x03")
-        terminal.wait("> $", seconds=20)
+        terminal.wait("> $")
         terminal.type("\x04")
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(100) == 0
     finally:
         terminal.close()
     err = errors.read_text()
