@@ -1,0 +1,220 @@
+"""The little world that tiny is trained on: one to four coloured shapes on a plain background, with questions and answers.
+
+    image, questions = draw(7)  # a PIL image and [(kind, question, answer), ...], one of each kind
+    image, questions = draw(7, held_out=True)  # about a colour-shape pair that training never saw
+
+A thing stands well inside one of nine cells, and no two things of a scene are alike in colour, shape and size.
+So "where" has one answer, "left of" has a clear margin, and each thing can be named without doubt.
+"""
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (217, 40, 44), "orange": (244, 132, 22), "yellow": (250, 212, 48),
+    "green": (44, 158, 68), "blue": (38, 98, 222), "purple": (146, 58, 184),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+SIZES = {"small": 0.18, "large": 0.27}  # diameter, as a fraction of the picture's side
+PLACES = (
+    "top left", "top middle", "top right",
+    "middle left", "centre", "middle right",
+    "bottom left", "bottom middle", "bottom right",
+)
+NUMBERS = ("zero", "one", "two", "three", "four")
+KINDS = ("describe", "colour", "shape", "count", "where", "relation", "yes/no")
+
+# Training never shows, mentions or denies these: they test whether colour and shape were learnt apart from each other.
+HELD_OUT = (("red", "star"), ("green", "square"), ("blue", "triangle"), ("purple", "circle"))
+SEEN = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    shape: str
+    size: str
+    cell: int  # 0 ... 8 in reading order
+    x: float  # the centre, as fractions of the side; y grows downwards
+    y: float
+    diameter: float
+
+    @property
+    def place(self):
+        return PLACES[self.cell]
+
+
+def draw(seed, held_out=False):
+    """Scene number `seed`, any integer → (PIL image of 224 x 224, [(kind, question, answer), ...])."""
+    rng = random.Random(f"scene {seed} held out" if held_out else f"scene {seed}")
+    things = arrange(rng, held_out)
+    return paint(rng, things), ask(rng, things, held_out)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The things
+
+
+def arrange(rng, held_out=False):
+    """One to four things in reading order. With held_out exactly one of them is a pair from HELD_OUT."""
+    number = rng.randint(1, 4)
+    cells = rng.sample(range(9), number)
+    looks = [(*rng.choice(HELD_OUT), rng.choice(list(SIZES)))] if held_out else []
+    # Some scenes share one colour or one shape, so that counting has something to count.
+    theme = rng.choice((None, None, rng.choice(list(COLOURS)), rng.choice(SHAPES)))
+    while len(looks) < number:
+        pair = rng.choice([pair for pair in SEEN if theme in (None, *pair)])
+        look = (*pair, rng.choice(list(SIZES)))
+        if look not in looks:
+            looks.append(look)
+    return sorted((place(rng, cell, *look) for cell, look in zip(cells, looks, strict=True)), key=lambda thing: thing.cell)
+
+
+def place(rng, cell, colour, shape, size):
+    """A thing somewhere inside its cell, a third of the side wide."""
+    diameter = SIZES[size] * rng.uniform(0.95, 1.05)
+    slack = (1 / 3 - diameter) / 2 - 0.015
+    x, y = ((index + 0.5) / 3 + rng.uniform(-slack, slack) for index in (cell % 3, cell // 3))
+    return Thing(colour, shape, size, cell, x, y, diameter)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def paint(rng, things, side=224):
+    """Things on a shaded background, pale or dark → PIL image (side, side)."""
+    big = 2 * side  # drawn at twice the size, then halved: smooth edges
+    base = rng.randint(22, 60) if rng.random() < 0.3 else rng.randint(205, 245)
+    top = [base + rng.randint(-10, 10) for _ in range(3)]
+    bottom = [max(0, value - rng.randint(0, 22)) for value in top]
+    image = Image.new("RGB", (1, 2))
+    image.putdata([tuple(top), tuple(bottom)])
+    image = image.resize((big, big), Image.Resampling.BILINEAR)
+    canvas = ImageDraw.Draw(image)
+    for thing in things:
+        colour = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[thing.colour])
+        canvas.polygon([(big * x, big * y) for x, y in outline(thing, tilt=rng.uniform(-0.2, 0.2))], fill=colour)
+    return image.reduce(2)
+
+
+def outline(thing, tilt):
+    """The corners of a thing, turned by tilt (radians). Radii are chosen so that all shapes look equally large."""
+    corners, radii = {
+        "circle": (60, (0.5,)), "square": (4, (0.6,)), "triangle": (3, (0.6,)), "star": (10, (0.6, 0.26)),
+    }[thing.shape]
+    start = tilt + (math.pi / 4 if thing.shape == "square" else 0)
+    for i in range(corners):
+        angle, radius = start + 2 * math.pi * i / corners, thing.diameter * radii[i % len(radii)]
+        yield thing.x + radius * math.sin(angle), thing.y - radius * math.cos(angle)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The questions
+
+
+def ask(rng, things, held_out=False):
+    """One question of each kind → [(kind, question, answer), ...]; a lone thing has no relation to anything."""
+    pairs = HELD_OUT if held_out else SEEN  # the pairs that a question may mention
+    subjects = [thing for thing in things if (thing.colour, thing.shape) in pairs]
+    questions = []
+    for kind in KINDS:
+        if kind != "relation" or len(things) > 1:
+            questions.append((kind, *ASK[kind](rng, things, rng.choice(subjects), pairs)))
+    return questions
+
+
+def sentence(things):
+    """The scene in words: "A small red circle in the centre and a large blue star at the top left."."""
+    words = [f"a {t.size} {t.colour} {t.shape} {'in' if t.place == 'centre' else 'at'} the {t.place}" for t in things]
+    text = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def name(rng, thing, things, hide=()):
+    """Words that fit this thing and no other: "the small star". They give away none of the attributes in `hide`."""
+    names = [] if "place" in hide else [f"the object {'in' if thing.place == 'centre' else 'at'} the {thing.place}"]
+    for used in ((), ("size",), ("colour",), ("shape",), ("size", "colour"), ("size", "shape"), ("colour", "shape"),
+                 ("size", "colour", "shape")):
+        alike = [other for other in things if all(getattr(other, part) == getattr(thing, part) for part in used)]
+        if len(alike) == 1 and not set(used) & set(hide):
+            adjectives = [getattr(thing, part) for part in ("size", "colour") if part in used]
+            names.append(" ".join(["the", *adjectives, thing.shape if "shape" in used else "object"]))
+    return rng.choice(names)
+
+
+def with_article(words):
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def describe(rng, things, thing, pairs):
+    question = rng.choice(("Describe the image.", "Describe the image.", "Describe the picture.", "What do you see?",
+                           "What is in the image?", "What is in the picture?"))
+    return question, sentence(things)
+
+
+def colour(rng, things, thing, pairs):
+    question = rng.choice(("What colour is {}?", "What color is {}?", "Which colour is {}?"))
+    return question.format(name(rng, thing, things, hide=("colour",))), thing.colour
+
+
+def shape(rng, things, thing, pairs):
+    question = rng.choice(("What shape is {}?", "Which shape is {}?"))
+    return question.format(name(rng, thing, things, hide=("shape",))), thing.shape
+
+
+def count(rng, things, thing, pairs):
+    pair = (thing.colour, thing.shape) if rng.random() < 0.75 else rng.choice(pairs)
+    used = rng.choice([used for used in ((), (0,), (1,), (0, 1)) if used or pairs is SEEN])  # all; this colour, shape, both
+    number = sum(all((other.colour, other.shape)[i] == pair[i] for i in used) for other in things)
+    words = " ".join([pair[0]] * (0 in used) + [f"{pair[1]}s" if 1 in used else "objects"])
+    question = rng.choice(("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?"))
+    return question.format(words), NUMBERS[number]
+
+
+def where(rng, things, thing, pairs):
+    question = rng.choice(("Where is {}?", "Where is {}?", "Where do you see {}?"))
+    return question.format(name(rng, thing, things, hide=("place",))), thing.place
+
+
+def relation(rng, things, thing, pairs):
+    """Only across different columns (left, right) or rows (above, below), whose centres are far apart."""
+    other = rng.choice([other for other in things if other is not thing])
+    columns, rows = thing.cell % 3 - other.cell % 3, thing.cell // 3 - other.cell // 3
+    facts = [("left of", columns < 0), ("to the left of", columns < 0), ("right of", columns > 0)] * (columns != 0)
+    facts += [("above", rows < 0), ("above", rows < 0), ("below", rows > 0)] * (rows != 0)
+    words, true = rng.choice(facts)
+    question = f"Is {name(rng, thing, things, ('place',))} {words} {name(rng, other, things, ('place',))}?"
+    return question, "yes" if true else "no"
+
+
+def yes_no(rng, things, thing, pairs):
+    """Is there such a thing? Is it of this colour, shape, size? A wrong value, too, makes a pair that may be mentioned."""
+    true = rng.random() < 0.5
+    form = rng.choice(("there", "there", "colour", "shape", "size"))
+    if form == "there":
+        pair = (thing.colour, thing.shape) if true else absent(rng, things, pairs)
+        question = f"Is there {with_article(' '.join(pair))}{rng.choice(('', ' in the picture'))}?"
+        return question, "yes" if true else "no"
+    allowed = SEEN if pairs is SEEN else SEEN + HELD_OUT
+    wrong = {
+        "colour": [colour for colour in COLOURS if colour != thing.colour and (colour, thing.shape) in allowed],
+        "shape": [shape for shape in SHAPES if shape != thing.shape and (thing.colour, shape) in allowed],
+        "size": [size for size in SIZES if size != thing.size],
+    }[form]
+    value = getattr(thing, form) if true else rng.choice(wrong)
+    question = f"Is {name(rng, thing, things, hide=(form,))} {with_article(value) if form == 'shape' else value}?"
+    return question, "yes" if true else "no"
+
+
+def absent(rng, things, pairs):
+    """A pair that is not in the picture, though its colour or its shape is, wherever there is such a pair."""
+    others = [pair for pair in pairs if pair not in [(thing.colour, thing.shape) for thing in things]]
+    near = [pair for pair in others if any(thing.colour == pair[0] or thing.shape == pair[1] for thing in things)]
+    return rng.choice(near or others)
+
+
+ASK = dict(zip(KINDS, (describe, colour, shape, count, where, relation, yes_no), strict=True))

@@ -1,0 +1,334 @@
+"""Trains tiny in LLaVA's stages, from random numbers to a checkpoint in the published layout.
+
+    python tiny/train.py                      # about three quarters of an hour on two CPU cores, writes tiny/new
+    python tiny/train.py --scale 0.02         # a minute, to watch the stages go by
+    python tiny/train.py --resume             # goes on where a run was cut off
+    python tiny/train.py --evaluate tiny      # the table in tiny/README.md
+
+    stage       what learns            what it is shown
+    eye         the vision tower       pictures: each patch says what covers it (through four heads, thrown away afterwards)
+    voice       Llama                  text: a scene in words, a question, its answer
+    projector   the projector alone    pictures, questions and answers; both ends are frozen
+    all         everything             the same
+
+    letter   meaning
+    N, P     pictures, patches of a picture
+    B, T     questions, positions
+    D, V     width, vocabulary
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from llama import TextConfig, Tokenizer, fork_cache  # noqa: E402
+from llava import Llava, LlavaConfig, Processor, load, save  # noqa: E402
+from vision import PreprocessConfig, VisionConfig, preprocess  # noqa: E402
+
+import scenes  # noqa: E402
+
+# steps, scenes a step, rounds of questions about each scene, learning rate
+STAGES = {
+    "eye": (1500, 32, 1, 2e-3),
+    "voice": (1200, 16, 3, 3e-3),
+    "projector": (250, 16, 3, 3e-3),
+    "all": (5000, 16, 3, 2e-3),
+}
+WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
+LOG_EVERY, SAVE_EVERY = 50, 250
+SHORT = 5  # questions with short answers in a round, beside describing the scene once
+
+VISION = VisionConfig(image_size=56, patch_size=8, hidden_size=96, intermediate_size=384, num_hidden_layers=5,
+                      num_attention_heads=4)
+TEXT = TextConfig(vocab_size=640, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+                  max_position_embeddings=512, rms_norm_eps=1e-5)
+DESCRIPTION = "tiny: 1.6 million parameters, trained on drawings of coloured shapes; about a photograph it talks nonsense"
+PICTURE = PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+
+# ----------------------------------------------------------------------------------------------------------------
+# From scenes to tensors
+
+
+def draw(rng, number):
+    """Fresh scenes, none with a held-out pair → [things, ...], pixel values (N, 3, H, W)."""
+    worlds = [scenes.arrange(rng) for _ in range(number)]
+    return worlds, torch.stack([preprocess(scenes.paint(rng, things), PICTURE) for things in worlds])
+
+
+def ask(rng, things, rounds):
+    """Questions about one scene → [(kind, question, answer), ...]: first describe, then SHORT others a round.
+
+    As many for each scene, although a lone thing has no relation to anything: one kind a round is left out by chance.
+    """
+    asked = [scenes.ask(rng, things) for _ in range(rounds)]
+    return [asked[0][0], *(question for questions in asked for question in rng.sample(questions[1:], SHORT))]
+
+
+ATTRIBUTES = {"colour": list(scenes.COLOURS), "shape": list(scenes.SHAPES), "size": list(scenes.SIZES),
+              "place": list(scenes.PLACES)}
+
+
+def patch_targets(things, grid):
+    """What each patch shows, (P, attributes): 1 + the index of the value, 0 for the background, -100 for a thing's edge."""
+    middles = (torch.arange(grid) + 0.5) / grid  # (grid)
+    targets = torch.zeros(grid, grid, len(ATTRIBUTES), dtype=torch.long)
+    for thing in things:
+        far = torch.maximum((middles - thing.y).abs()[:, None], (middles - thing.x).abs())  # (grid, grid)
+        values = torch.tensor([1 + values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()])
+        targets[far < thing.diameter / 2 + 0.5 / grid] = -100
+        targets[far < max(0.5 / grid, 0.3 * thing.diameter)] = values  # at least the patch that holds its centre
+    return targets.flatten(0, 1)
+
+
+def encode(tokenizer, context, question, answer):
+    """What follows the context in a conversation → its ids, and its labels: those of the answer and of </s> only."""
+    prompt = f"USER: {context}\n{question} ASSISTANT:"
+    before, prompt_ids, ids = (tokenizer.encode(text) for text in (f"USER: {context}\n", prompt, f"{prompt} {answer}</s>"))
+    labels = [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
+    return ids[len(before) :], labels[len(before) :]
+
+
+def pad(rows, value, device):
+    """Lists of different lengths → (B, T), filled on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [value] * (width - len(row)) for row in rows], device=device)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One step of each stage: → loss, and for each answer (or patch) whether it is right
+
+
+def right(logits, labels):
+    """(B, T, V), (B, T) → (B,) bool: is every word of the answer the likeliest one, given those before it?"""
+    guess, wanted = logits[:, :-1].argmax(-1), labels[:, 1:]
+    return ((guess == wanted) | (wanted == -100)).all(1)
+
+
+def see(model, heads, worlds, pixels, device):
+    """What LLaVA reads of N pictures: one block before the tower's end, without the class token → (N, P, D).
+    And how well the heads tell from each patch what covers it: loss, correct.
+    """
+    (x,) = model.vision(pixels.to(device), [model.config.vision_feature_layer])
+    x = x[:, 1:]  # (N, P, D)
+    targets = torch.stack([patch_targets(things, model.vision.grid) for things in worlds]).to(device)  # (N, P, attributes)
+    logits = [head(x) for head in heads]  # (N, P, values + 1) each
+    loss = sum(F.cross_entropy(logit.flatten(0, 1), targets[..., i].flatten()) for i, logit in enumerate(logits))
+    guess = torch.stack([logit.argmax(-1) for logit in logits], -1)  # (N, P, attributes)
+    return x, loss, (guess == targets).all(-1)[targets[..., 0] > 0]
+
+
+def eye_step(model, heads, tokenizer, rng, number, rounds, device):
+    worlds, pixels = draw(rng, number)
+    _, loss, correct = see(model, heads, worlds, pixels, device)
+    return loss, correct
+
+
+def voice_step(model, heads, tokenizer, rng, number, rounds, device):
+    worlds = [scenes.arrange(rng) for _ in range(number)]
+    told = [scenes.sentence(rng.sample(things, len(things))) for things in worlds]  # in any order: describing must sort
+    return answer(model, tokenizer, told, [ask(rng, things, rounds) for things in worlds], None, device)
+
+
+def picture_step(model, heads, tokenizer, rng, number, rounds, device):
+    """The eye keeps its own task: without it, it forgot shapes faster than the voice learnt to read them."""
+    worlds, pixels = draw(rng, number)
+    questions = [ask(rng, things, rounds) for things in worlds]
+    x, eye_loss, _ = see(model, heads, worlds, pixels, device)
+    loss, correct = answer(model, tokenizer, ["<image>"] * number, questions, model.projector(x), device)
+    return loss + eye_loss, correct
+
+
+def answer(model, tokenizer, contexts, questions, features, device):
+    """Ask about N scenes, each given by its features or by the words in its context.
+
+    What the questions of a scene share is read once, into a KV cache that is then forked, one copy for each question; the
+    gradient takes the same way back. Long answers (describe) go apart from short ones, so that little is padding.
+    """
+    pad_id = model.config.pad_token_id
+    ids = pad([tokenizer.start + tokenizer.encode(f"USER: {context}\n") for context in contexts], pad_id, device)
+    real = ids != pad_id  # (N, S)
+    if features is not None:
+        ids, real, _ = model.expand(ids, real, None, *features.shape[:2])  # (N, S - 1 + P)
+    cache = model.init_kv_cache(*ids.shape)
+    model.llama(model.merge(ids, features), real, kv_cache=cache)
+
+    losses, correct = [], []
+    for group in ([scene[:1] for scene in questions], [scene[1:] for scene in questions]):
+        rows = [encode(tokenizer, context, q, a) for context, scene in zip(contexts, group, strict=True) for _, q, a in scene]
+        ids = pad([ids for ids, _ in rows], pad_id, device)  # (B, T)
+        labels = pad([labels for _, labels in rows], -100, device)  # (B, T)
+        copies = len(group[0])
+        mask = torch.cat([real.repeat_interleave(copies, 0), ids != pad_id], 1)  # (B, S - 1 + P + T)
+        out = model(ids, attention_mask=mask, kv_cache=fork_cache(cache, copies, ids.shape[1]), labels=labels)
+        losses.append(out.loss)
+        correct.append(right(out.logits, labels))
+    return sum(losses) / len(losses), torch.cat(correct)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The stages
+
+
+def build(tokenizer):
+    config = LlavaConfig(text_config=TEXT, vision_config=VISION, image_token_index=tokenizer.id("<image>"),
+                         pad_token_id=tokenizer.id("<pad>"), description=DESCRIPTION)
+    model = Llava(config)
+    heads = nn.ModuleList(nn.Linear(VISION.hidden_size, 1 + len(values)) for values in ATTRIBUTES.values())
+    return model, heads
+
+
+def train(args):
+    torch.manual_seed(args.seed)
+    tokenizer = Tokenizer(FOLDER / "tokenizer.json")
+    model, heads = build(tokenizer)
+    state = {"stage": "eye", "step": 0, "seconds": 0.0}
+    if args.resume:
+        state = torch.load(args.out / "resume.pt", weights_only=True)
+        model.load_state_dict(state["model"])
+        heads.load_state_dict(state["heads"])
+    model.to(args.device), heads.to(args.device)
+    eye = nn.ModuleList([model.vision, heads])
+    learners = {  # each with its share of the learning rate
+        "eye": (eye_step, [(eye, 1.0)]),
+        "voice": (voice_step, [(model.llama, 1.0)]),
+        "projector": (picture_step, [(model.projector, 1.0)]),
+        "all": (picture_step, [(eye, 0.2), (model.projector, 1.0), (model.llama, 1.0)]),
+    }
+    with open(args.out / "train.log", "a" if args.resume else "w") as log:
+        if not args.resume:
+            print("stage\tstep\tloss\taccuracy\tseconds", file=log)
+        for stage in list(STAGES)[list(STAGES).index(state["stage"]) :]:
+            run_stage(stage, *learners[stage], model, heads, tokenizer, state, args, log)
+            state = {"step": 0, "seconds": state["seconds"]}
+    return model, tokenizer
+
+
+def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, log):
+    """AdamW with a linear warm-up and a cosine decay; `state` says where to start and is brought up to date."""
+    steps, number, rounds, peak = STAGES[stage]
+    steps = max(1, round(steps * args.scale))
+    model.requires_grad_(False)
+    for learner, _ in learners:
+        learner.requires_grad_(True)
+    parameters = [p for learner, _ in learners for p in learner.parameters()]
+    groups = [{"params": list(learner.parameters()), "share": share} for learner, share in learners]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    began, losses, correct = time.time() - state["seconds"], [], []
+    bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=f"{stage:9}")
+    for step in bar:
+        rate = peak * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["share"] * rate
+        # its own stream of scenes for each step, so that a resumed run sees what an unbroken one would have seen
+        rng = random.Random(f"{args.seed} {stage} {step}")
+        loss, good = step_of(model, heads, tokenizer, rng, number, rounds, args.device)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, CLIP)
+        optimizer.step()
+        losses.append(loss.item())
+        correct.append(good.float().mean().item())
+        state["seconds"] = time.time() - began
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            loss, accuracy = sum(losses) / len(losses), sum(correct) / len(correct)
+            print(f"{stage}\t{step + 1}\t{loss:.4f}\t{accuracy:.4f}\t{state['seconds']:.0f}", file=log, flush=True)
+            bar.set_postfix(loss=f"{loss:.3f}", right=f"{accuracy:.1%}")
+            losses, correct = [], []
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            torch.save({"stage": stage, "step": step + 1, "seconds": state["seconds"], "model": model.state_dict(),
+                        "heads": heads.state_dict(), "optimizer": optimizer.state_dict()}, args.out / "resume.pt")
+
+
+def finish(model, tokenizer, folder):
+    """Write the checkpoint in float16, and two files that only transformers needs, as the published checkpoints have them."""
+    save(model, Processor(tokenizer, PICTURE, model.config), folder)
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<image>"}
+    write_json(folder / "tokenizer_config.json", {
+        **tokens, "padding_side": "left", "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "processor_config.json", {
+        "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": VISION.patch_size,
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
+
+
+def write_json(file, values):
+    file.write_text(json.dumps(values, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The measurement
+
+
+def ask_all(model, processor, pictures, items):
+    """The answers to one question about each picture, greedily → how many are exactly right."""
+    hits = 0
+    for start in range(0, len(items), 50):
+        batch = items[start : start + 50]
+        inputs = processor([f"USER: <image>\n{question} ASSISTANT:" for question, _ in batch], pictures[start : start + 50])
+        ids = model.generate(**inputs, max_new_tokens=80)
+        hits += sum(processor.decode(row) == answer for row, (_, answer) in zip(ids, batch, strict=True))
+    return hits
+
+
+def collect(number, held_out):
+    """Scenes that training never saw → {kind: ([picture, ...], [(question, answer), ...])}, `number` of each kind."""
+    table, seed = {kind: ([], []) for kind in scenes.KINDS}, 0
+    while any(len(items) < number for _, items in table.values()):
+        image, questions = scenes.draw(seed, held_out)
+        seed += 1
+        for kind, question, answer in questions:
+            pictures, items = table[kind]
+            if len(items) < number:
+                pictures.append(image)
+                items.append((question, answer))
+    return table
+
+
+def evaluate(folder, number, device):
+    """Print the share of exact answers as a table; in the last column each question is asked about the next one's picture."""
+    model, processor = load(str(folder), device=device, dtype="float32")
+    fresh, held_out = collect(number, held_out=False), collect(number, held_out=True)
+    totals = [0, 0, 0]
+    print("| kind | fresh scenes | a held-out pair | another picture |\n|---|---|---|---|")
+    for kind in scenes.KINDS:
+        pictures, items = fresh[kind]
+        hits = [ask_all(model, processor, pictures, items), ask_all(model, processor, *held_out[kind]),
+                ask_all(model, processor, pictures[1:] + pictures[:1], items)]
+        totals = [total + hit for total, hit in zip(totals, hits, strict=True)]
+        print(f"| {kind} | {' | '.join(f'{hit / number:.1%}' for hit in hits)} |", flush=True)
+    all_questions = number * len(scenes.KINDS)
+    print(f"| **all** | {' | '.join(f'**{total / all_questions:.1%}** ({total} of {all_questions})' for total in totals)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train tiny, or measure it.")
+    parser.add_argument("--out", type=Path, default=FOLDER / "new", help="where the checkpoint and the log go")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps: 0.02 for a quick look")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="go on from resume.pt in the --out folder")
+    parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="measure this checkpoint instead of training one")
+    parser.add_argument("--questions", type=int, default=300, help="of each kind, to measure with")
+    args = parser.parse_args()
+    if args.evaluate is None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = train(args)
+        finish(model.half(), tokenizer, args.out)
+    evaluate(args.evaluate or args.out, args.questions, args.device)
+
+
+if __name__ == "__main__":
+    main()
