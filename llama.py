@@ -399,7 +399,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=1.0, generator=None):
 
     temperature 0 takes the likeliest. Above it, one is drawn from the filtered distribution.
     """
-    if temperature == 0:
+    if temperature < 1e-6:  # next to 0 it is the same, and dividing by it would overflow
         return logits.argmax(-1)
     probabilities = filtered(logits.float(), temperature, top_k, top_p).softmax(-1)
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -510,7 +510,8 @@ class Processor:
 
     def written(self, pieces):
         """Pieces → the string that they stand for."""
-        return "".join(piece if isinstance(piece, str) else self.tokenizer.bpe.id_to_token(piece) for piece in pieces)
+        token = self.tokenizer.bpe.id_to_token  # None for the rows that round the vocabulary up
+        return "".join(piece if isinstance(piece, str) else token(piece) or "" for piece in pieces)
 
 
 # ----------------------------------------------------------------------------------------------------------------
