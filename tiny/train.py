@@ -10,6 +10,7 @@
     voice       Llama                  text: a scene in words, a question, its answer
     projector   the projector alone    pictures, questions and answers; both ends are frozen
     all         everything             the same
+    practice    everything             the same, with many more of the questions that are learnt late
 
     letter   meaning
     N, P     pictures, patches of a picture
@@ -39,16 +40,19 @@ from vision import PreprocessConfig, VisionConfig, preprocess  # noqa: E402
 
 import scenes  # noqa: E402
 
-# steps, scenes a step, rounds of questions about each scene, learning rate
+# how many questions of each kind about each scene, beside describing it: even, and more of what is learnt late
+EVEN = dict.fromkeys(scenes.KINDS[1:], 1)
+HARD = EVEN | {"count": 2, "where": 4, "relation": 5, "yes/no": 5}
+# steps, scenes a step, questions about each scene, learning rate
 STAGES = {
-    "eye": (1500, 32, 1, 2e-3),
-    "voice": (1200, 16, 3, 3e-3),
-    "projector": (250, 16, 3, 3e-3),
-    "all": (5000, 16, 3, 2e-3),
+    "eye": (1500, 32, {}, 2e-3),
+    "voice": (1200, 16, EVEN, 3e-3),
+    "projector": (250, 16, EVEN, 3e-3),
+    "all": (3500, 16, EVEN, 2e-3),
+    "practice": (2600, 16, HARD, 1.5e-3),
 }
 WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 LOG_EVERY, SAVE_EVERY = 50, 250
-SHORT = 5  # questions with short answers in a round, beside describing the scene once
 
 VISION = VisionConfig(image_size=56, patch_size=8, hidden_size=96, intermediate_size=384, num_hidden_layers=5,
                       num_attention_heads=4)
@@ -67,13 +71,14 @@ def draw(rng, number):
     return worlds, torch.stack([preprocess(scenes.paint(rng, things), PICTURE) for things in worlds])
 
 
-def ask(rng, things, rounds):
-    """Questions about one scene → [(kind, question, answer), ...]: first describe, then SHORT others a round.
+def ask(rng, things, wanted):
+    """Questions about one scene → [(kind, question, answer), ...]: first describe, then so many of each kind as are wanted.
 
-    As many for each scene, although a lone thing has no relation to anything: one kind a round is left out by chance.
+    As many for each scene, although a lone thing has no relation to anything: another kind takes its place.
     """
-    asked = [scenes.ask(rng, things) for _ in range(rounds)]
-    return [asked[0][0], *(question for questions in asked for question in rng.sample(questions[1:], SHORT))]
+    kinds = ["describe", *(kind for kind, number in wanted.items() for _ in range(number))]
+    kinds = [rng.choice(("where", "yes/no")) if kind == "relation" and len(things) == 1 else kind for kind in kinds]
+    return [(kind, *scenes.ASK[kind](rng, things, rng.choice(things), scenes.SEEN)) for kind in kinds]
 
 
 ATTRIBUTES = {"colour": list(scenes.COLOURS), "shape": list(scenes.SHAPES), "size": list(scenes.SIZES),
@@ -129,22 +134,22 @@ def see(model, heads, worlds, pixels, device):
     return x, loss, (guess == targets).all(-1)[targets[..., 0] > 0]
 
 
-def eye_step(model, heads, tokenizer, rng, number, rounds, device):
+def eye_step(model, heads, tokenizer, rng, number, wanted, device):
     worlds, pixels = draw(rng, number)
     _, loss, correct = see(model, heads, worlds, pixels, device)
     return loss, correct
 
 
-def voice_step(model, heads, tokenizer, rng, number, rounds, device):
+def voice_step(model, heads, tokenizer, rng, number, wanted, device):
     worlds = [scenes.arrange(rng) for _ in range(number)]
     told = [scenes.sentence(rng.sample(things, len(things))) for things in worlds]  # in any order: describing must sort
-    return answer(model, tokenizer, told, [ask(rng, things, rounds) for things in worlds], None, device)
+    return answer(model, tokenizer, told, [ask(rng, things, wanted) for things in worlds], None, device)
 
 
-def picture_step(model, heads, tokenizer, rng, number, rounds, device):
+def picture_step(model, heads, tokenizer, rng, number, wanted, device):
     """The eye keeps its own task: without it, it forgot shapes faster than the voice learnt to read them."""
     worlds, pixels = draw(rng, number)
-    questions = [ask(rng, things, rounds) for things in worlds]
+    questions = [ask(rng, things, wanted) for things in worlds]
     x, eye_loss, _ = see(model, heads, worlds, pixels, device)
     loss, correct = answer(model, tokenizer, ["<image>"] * number, questions, model.projector(x), device)
     return loss + eye_loss, correct
@@ -206,6 +211,7 @@ def train(args):
         "projector": (picture_step, [(model.projector, 1.0)]),
         "all": (picture_step, [(eye, 0.2), (model.projector, 1.0), (model.llama, 1.0)]),
     }
+    learners["practice"] = learners["all"]
     with open(args.out / "train.log", "a" if args.resume else "w") as log:
         if not args.resume:
             print("stage\tstep\tloss\taccuracy\tseconds", file=log)
@@ -217,7 +223,7 @@ def train(args):
 
 def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, log):
     """AdamW with a linear warm-up and a cosine decay; `state` says where to start and is brought up to date."""
-    steps, number, rounds, peak = STAGES[stage]
+    steps, number, wanted, peak = STAGES[stage]
     steps = max(1, round(steps * args.scale))
     model.requires_grad_(False)
     for learner, _ in learners:
@@ -235,7 +241,7 @@ def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, lo
             group["lr"] = group["share"] * rate
         # its own stream of scenes for each step, so that a resumed run sees what an unbroken one would have seen
         rng = random.Random(f"{args.seed} {stage} {step}")
-        loss, good = step_of(model, heads, tokenizer, rng, number, rounds, args.device)
+        loss, good = step_of(model, heads, tokenizer, rng, number, wanted, args.device)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, CLIP)
