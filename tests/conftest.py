@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import llava
 
 torch.set_num_threads(1)  # the models of these tests are so small that threads only wait for one another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores Ctrl-C, and so would its children
 
 
 @pytest.fixture(scope="session")

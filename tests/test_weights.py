@@ -390,7 +390,8 @@ def test_a_config_that_transformers_4_38_saved_in_full_loads(copy, checkpoints):
 
 
 def test_rope_theta_is_found_in_its_old_and_its_new_place(copy):
-    for place in ({"rope_theta": 5e5, "rope_parameters": ...}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}):
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": ...}
+    for place in ({"rope_theta": 5e5, "rope_parameters": ...}, new):
         copy.config(text_config=place)
         assert configs(copy.folder)[0].text_config.rope_theta == 5e5
 
@@ -574,6 +575,10 @@ def test_what_was_saved_loads_again_here_and_in_transformers(pair, shard_size, t
     parts = [load_file(file) for file in files]
     assert all(len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= shard_size for part in parts)
     assert sorted(name for part in parts for name in part) == sorted(published_names(reference))
+    if len(files) > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: file.name for file, part in zip(files, parts, strict=True) for name in part}
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for part in parts for tensor in part.values())
     again, second = llava.load(str(tmp_path), device="cpu", dtype=torch.float64)
     assert same(again, ours)
     again.config.eos_token_id = again.config.eos_token_ids[0]  # a list when saved
