@@ -465,6 +465,7 @@ class Terminal:
 BEGUN = "\r\n[^\x1b]*[a-z]"  # a word on a new line
 
 
+@pytest.mark.skipif(not sys.stdin.isatty(), reason="needs to be started on a terminal: a job without one may not get Ctrl-C")
 def test_a_terminal(tmp_path):
     """Editing, history, Ctrl-C at the prompt and in an answer, Ctrl-D."""
     folder, errors = make_talker(tmp_path / "long", text={"max_position_embeddings": 8192}), tmp_path / "errors"
