@@ -12,10 +12,11 @@ survivor. Everything heavy is imported once, and each bug gets a copy of the rep
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -425,53 +426,76 @@ def plant(folder, file, right, wrong):
     (folder / file).write_text(source)
 
 
-def first_failure(folder, tests):
-    """Run tests in a fork, in the given repository, until the first fails → its name, or None."""
-    result, broken = folder / "caught", folder / "broken"
+def start(folder, tests):
+    """Run tests in a fork, in the given repository, until the first fails → the fork's process id."""
     child = os.fork()
-    if child == 0:
+    if child:
+        return child
+    status = 70  # of a fork that never came to its tests
+    try:
         os.setsid()
-        with contextlib.suppress(BaseException), open(folder / "out", "w") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-            os.chdir(folder)
-            sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not path.startswith(str(ROOT))]]
-            import pytest
+        out = os.open(folder / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.chdir(folder)
+        sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not path.startswith(str(ROOT))]]
+        import pytest
 
-            class Note:
-                def pytest_runtest_logreport(self, report):
-                    if report.failed:
-                        result.write_text(report.nodeid)
+        class Note:
+            def pytest_runtest_logreport(self, report):
+                if report.failed:
+                    (folder / "caught").write_text(report.nodeid)
 
-                def pytest_collectreport(self, report):
-                    if report.failed:
-                        broken.write_text(report.longreprtext)
-
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
-            pytest.main(arguments, plugins=[Note()])
-        os._exit(0)
-    limit = time.monotonic() + 600
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if time.monotonic() > limit:
-            os.killpg(child, 9)
-            os.waitpid(child, 0)
-            raise SystemExit(f"{' '.join(tests)} did not end")
-        time.sleep(0.05)
-    if broken.exists() or not (folder / "out").read_text().strip():
-        raise SystemExit(f"the tests did not run: {(broken if broken.exists() else folder / 'out').read_text()}")
-    return result.read_text() if result.exists() else None
+        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[Note()]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
-def try_one(mutation):
-    """Plant one bug → (its name, the test that caught it or None, seconds)."""
-    name, file, right, wrong, tests = mutation
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        plant(Path(folder), file, right, wrong)
-        caught = first_failure(Path(folder), [f"tests/{test}" for test in tests.split()]) or first_failure(
-            Path(folder), ["tests"]
-        )
-    return name, caught, time.monotonic() - start
+def verdict(folder, status):
+    """How a fork ended → the name of the test that failed, None if all passed. Anything else is no verdict, and stops us."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == 1 and (folder / "caught").exists():
+        return (folder / "caught").read_text()
+    if code != 0:
+        raise SystemExit(f"the tests did not run (exit status {code}):\n{(folder / 'out').read_text()}")
+    return None
+
+
+def try_all(mutations, jobs, limit=600):
+    """Plant each bug and run the tests beside it, then all tests if those let it pass; yields (name, the test or None, seconds).
+
+    Forks from this one thread only: a fork of a process with several may find a lock that nobody is left to open.
+    """
+    waiting, running = list(reversed(mutations)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutation = waiting.pop()
+                folder = tempfile.TemporaryDirectory()
+                plant(Path(folder.name), *mutation[1:4])
+                tests = [f"tests/{test}" for test in mutation[4].split()]
+                running[start(Path(folder.name), tests)] = mutation[0], folder, time.monotonic(), tests
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if not child:
+                time.sleep(0.02)
+                if any(time.monotonic() - began > limit for _, _, began, _ in running.values()):
+                    raise SystemExit(f"the tests did not end within {limit} s")
+                continue
+            name, folder, began, tests = running.pop(child)
+            caught = verdict(Path(folder.name), status)
+            if caught is None and tests != ["tests"]:
+                running[start(Path(folder.name), ["tests"])] = name, folder, began, ["tests"]
+                continue
+            folder.cleanup()
+            yield name, caught, time.monotonic() - began
+    finally:
+        for child in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
 
 
 def main(words):
@@ -486,12 +510,11 @@ def main(words):
         if source.count(right) != 1 or right == wrong:
             print(f"{file} holds {source.count(right)} times, not once: {right}", file=sys.stderr)
             return 2
-    start, survivors = time.monotonic(), []
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2))) as pool:
-        for name, caught, seconds in pool.map(try_one, chosen):
-            print(f"{name:<64} {caught or 'SURVIVED'}  ({seconds:.0f} s)", flush=True)
-            survivors += [] if caught else [name]
-    print(f"{len(chosen)} bugs, {len(survivors)} survived, {time.monotonic() - start:.0f} s")
+    began, survivors = time.monotonic(), []
+    for name, caught, seconds in try_all(chosen, jobs=os.cpu_count() or 2):
+        print(f"{name:<64} {caught or 'SURVIVED'}  ({seconds:.0f} s)", flush=True)
+        survivors += [] if caught else [name]
+    print(f"{len(chosen)} bugs, {len(survivors)} survived, {time.monotonic() - began:.0f} s")
     return int(bool(survivors))
 
 
