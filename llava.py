@@ -25,10 +25,12 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 
 import argparse
 import os
+import shutil
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -322,8 +324,14 @@ class Llava(nn.Module):
             if parents is not None:
                 llama.reorder_cache(kv_cache, parents)
             attention_mask = torch.cat([kv_cache["real"][:, : llama.length(kv_cache)], real[:, None]], dim=1)
-            x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
-            logits = self(inputs_embeds=x, attention_mask=attention_mask, kv_cache=kv_cache).logits  # (B * copies, 1, V)
+            logits = self.step(ids, attention_mask, kv_cache)  # (B * copies, 1, V)
+
+    def step(self, ids, attention_mask, kv_cache, **recorded):
+        """One id for each row, (B,), behind what the cache holds → the logits of what follows, (B, 1, V)."""
+        x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
+        with llama.matrix_times_vector(x):
+            x = self.llama(x, attention_mask, kv_cache=kv_cache, **recorded)[0]  # (B, 1, D)
+            return self.llama.head(x)
 
     @torch.no_grad()
     def score(self, answers, input_ids, pixel_values=None, attention_mask=None):
@@ -366,6 +374,8 @@ class Llava(nn.Module):
         """
         if type(n) is not int or n < 1:
             raise ValueError(f"the vocabulary cannot have {n!r} rows: give a whole number of at least 1")
+        if isinstance(self.llama.head, llama.QuantizedLinear):
+            raise ValueError("a quantised model cannot be resized: load it without quantize")
 
         def resized(weight):
             rows, new = weight.float(), max(0, n - len(weight))
@@ -518,11 +528,12 @@ class Processor:
 # From a folder or the Hub, and back
 
 
-def load(model, *, device="auto", dtype="auto", revision=None):
+def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, revision=None):
     """A checkpoint → (Llava, Processor).
 
     model: a folder, "tiny", or a Hub id, which is downloaded once. device: "auto", "cpu", "cuda", "cuda:1", "mps".
     dtype: a torch dtype, its name, or "auto": on a GPU what the checkpoint is stored in, on a CPU what is fastest there.
+    quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step.
     Raises ValueError or OSError with a finished sentence; nothing is read before everything is checked.
     """
     device = pick_device(device)
@@ -534,10 +545,74 @@ def load(model, *, device="auto", dtype="auto", revision=None):
         llava = Llava(config).eval()
     found = weights.scan(llava, folder)
     if dtype == "auto":
-        dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava))
+        dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava), quantize)
+    if quantize is not None:
+        llama.quantize_layers(llava.llama, quantize, dtype)
     check_memory(llava, device, dtype)
     weights.read(llava, found, dtype, device)
+    if compile:
+        llava.step = RecordedStep(llava)
     return llava, processor
+
+
+class RecordedStep:
+    """Llava.step, recorded once and played again for each token: what load(compile=True) puts in its place.
+
+    A recording fits one shape. So a step looks at a window of the cache that grows by 256 positions at a time, of which the
+    mask hides those that are not filled yet. On a CPU torch.compile fuses what stands between the matrix products (it needs
+    a C++ compiler); on a GPU a CUDA graph starts all kernels of a step at once, instead of one by one.
+    """
+
+    WINDOW = 256
+
+    def __init__(self, model):
+        self.plain, self.llama = model.step, model.llama
+        if model.device.type == "cpu":
+            check_compiler()
+            blocks = [torch.compile(block, dynamic=False) for block in model.llama.blocks]  # all alike: compiled once
+            self.run = partial(model.llama.run, blocks=blocks)
+        else:
+            self.run = CudaGraph(model.llama.run)
+
+    def __call__(self, ids, attention_mask, kv_cache):
+        needed, capacity = llama.length(kv_cache) + 1, kv_cache["real"].shape[1]
+        end = min(capacity, -(-needed // self.WINDOW) * self.WINDOW)
+        return self.plain(ids, attention_mask, kv_cache, end=end, run=self.run)
+
+
+class CudaGraph:
+    """A function of tensors whose kernels are recorded at the first call for each shape (and each cache), and then replayed."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, x, cos, sin, mask, where, cached, *options):
+        inputs = (x, cos, sin, mask, where)
+        key = (mask.shape, *(tensor.data_ptr() for pair in cached for tensor in pair))
+        if key not in self.recorded:
+            if any(key[1:] != other[1:] for other in self.recorded):
+                self.recorded.clear()  # another cache: the old graphs hold memory that nobody will use again
+            held = [tensor.clone() for tensor in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # a first run outside the recording lets libraries set themselves up
+                self.function(*held, cached, *options)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.function(*held, cached, *options)
+            self.recorded[key] = graph, held, out
+        graph, held, out = self.recorded[key]
+        for old, new in zip(held, inputs, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return out
+
+
+def check_compiler():
+    """torch.compile writes C++ for a CPU: say so before the model is read, not after."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name):
+        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: install g++ or leave it out")
 
 
 def save(model, processor, folder):
@@ -569,20 +644,22 @@ def pick_dtype(dtype):
     return known[name]
 
 
-def fastest_dtype(model, device, stored):
+def fastest_dtype(model, device, stored, quantize=None):
     """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
     reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed.
+    The kernels of quantised weights take bfloat16 alone.
     """
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
     large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
-    return torch.bfloat16 if large and native and stored.itemsize == 2 else torch.float32
+    return torch.bfloat16 if large and (quantize or (native and stored.itemsize == 2)) else torch.float32
 
 
 def check_memory(model, device, dtype):
     """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
     needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
+    needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised layers
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and hasattr(os, "sysconf"):
@@ -592,7 +669,7 @@ def check_memory(model, device, dtype):
     if needed > there:
         raise ValueError(
             f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
-            f"{there / 1e9:.1f} GB: try a smaller dtype, another device or --model tiny"
+            f"{there / 1e9:.1f} GB: try a smaller dtype, --quantize int4, another device or --model tiny"
         )
 
 
@@ -616,6 +693,8 @@ def parse(arguments):
     add("--revision", metavar="REV", help="a branch, tag or commit of the Hub's repository")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--quantize", choices=["int8", "int4"], help="keep the language model's matrices in fewer bits: smaller and faster")
+    add("--compile", action="store_true", help="record the decode step (on a CPU this needs a C++ compiler)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="the answer's longest length (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0: sample; 0: the likeliest word each time (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that together reach P")
@@ -654,7 +733,7 @@ def main(arguments=None):
     except (ValueError, OSError) as error:  # the finished sentences that are raised throughout
         return fail(error)
     except torch.OutOfMemoryError:
-        return fail("the device has too little memory: try a smaller dtype, or --device cpu")
+        return fail("the device has too little memory: try a smaller dtype, --quantize int4, or --device cpu")
 
 
 def notice(message):
@@ -674,7 +753,8 @@ def run(options):
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
     images = [] if options.each else [open_named(name) for name in options.image]
-    model, processor = load(options.model, device=options.device, dtype=options.dtype, revision=options.revision)
+    settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
+    model, processor = load(options.model, **settings, revision=options.revision)
     if model.config.description:
         notice(model.config.description)
     if options.chat:

@@ -415,7 +415,7 @@ def scan(model, folder):
     is unknown, missing, repeated, of another shape, or not of floating-point numbers.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.llama.head.weight is model.llama.embed.weight
+    tied = is_tied(model)
     found = {}
     for file in shards(folder):
         try:
@@ -475,14 +475,24 @@ def read(model, found, dtype, device):
         file, name, _ = found[ours]
         # Opened anew each time, as a file's pages stay in memory while it is open; and copied, so that nothing refers to it.
         with safe_open(file, framework="pt") as tensors:
-            state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
-    tied = model.llama.head.weight is model.llama.embed.weight
+            layer = model.get_submodule(ours.rpartition(".")[0])
+            if hasattr(layer, "quantize_"):
+                layer.quantize_(tensors.get_tensor(name), device)
+            else:
+                state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
+    tied = is_tied(model)
     if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
         file, name, _ = found["llama.head.weight"]
         raise ValueError(f"{file}: tie_word_embeddings is true, but {name} differs from the embedding")
+    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # of quantised layers
     model.load_state_dict(state, assign=True)
     if tied:  # assign makes two parameters of them
         model.llama.head.weight = model.llama.embed.weight
+
+
+def is_tied(model):
+    """Whether the head is the embedding; a quantised one is a copy of it."""
+    return getattr(model.llama.head, "weight", None) is model.llama.embed.weight
 
 
 def progress(names, parameters):
@@ -503,9 +513,11 @@ def write(model, folder, configs, shard_size=5_000_000_000):
 
     configs: {file name: JSON object}. What another checkpoint left in the folder is removed last of all.
     """
+    if list(model.buffers()):
+        raise ValueError("a quantised model cannot be saved: the published layout has no place for it")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {translate(name, THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.llama.head.weight is model.llama.embed.weight:
+    if is_tied(model):
         del tensors["language_model.lm_head.weight"]
     parts, room = [], 0
     for name, tensor in tensors.items():

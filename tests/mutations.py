@@ -195,8 +195,8 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T16 a chunk with a past is masked as if it had none",
         "llama.py",
-        "query = key[S - new :, None]",
-        "query = key[:new, None]",
+        "query = where[:, None]",
+        "query = (where - where[0])[:, None]",
         "test_cache.py",
     ),
     (
