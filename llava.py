@@ -330,7 +330,7 @@ class Llava(nn.Module):
         """One id for each row, (B,), behind what the cache holds → the logits of what follows, (B, 1, V)."""
         x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
         with llama.matrix_times_vector(x):
-            x = self.llama(x, attention_mask, kv_cache=kv_cache, **recorded)[0]  # (B, 1, D)
+            x = self.llama(x, attention_mask, kv_cache=kv_cache, **recorded)[0]
             return self.llama.head(x)
 
     @torch.no_grad()

@@ -276,7 +276,7 @@ def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
 def test_defaults():
     assert vars(llava.parse([])) == {
         "image": [], "prompt": "Describe the image.", "model": "llava-hf/llava-1.5-7b-hf", "revision": None, "device": "auto",
-        "dtype": "auto", "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "num_beams": 1, "seed": None,
+        "dtype": "auto", "quantize": None, "compile": False, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "num_beams": 1, "seed": None,
         "pad": None, "system": None, "show_prompt": False, "chat": False, "each": False, "choices": None,
     }  # fmt: skip
 
@@ -289,10 +289,10 @@ def test_the_model_options_reach_load(main, monkeypatch):
         raise ValueError("enough")
 
     main()
-    main("--model", "a/b", "--revision", "v1", "--device", "cpu", "--dtype", "float16")
+    main("--model", "a/b", "--revision", "v1", "--device", "cpu", "--dtype", "float16", "--quantize", "int4", "--compile")
     assert seen == [
-        (("llava-hf/llava-1.5-7b-hf",), {"device": "auto", "dtype": "auto", "revision": None}),
-        (("a/b",), {"device": "cpu", "dtype": "float16", "revision": "v1"}),
+        (("llava-hf/llava-1.5-7b-hf",), dict(device="auto", dtype="auto", quantize=None, compile=False, revision=None)),
+        (("a/b",), dict(device="cpu", dtype="float16", quantize="int4", compile=True, revision="v1")),
     ]
 
 
