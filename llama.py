@@ -21,6 +21,7 @@ Notebook: the voice. Next file: llava.py.
 """
 
 import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -417,6 +418,30 @@ def matrix_times_vector(x):
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Several devices (Shoeybi et al. 2019, "Megatron-LM", section 3). Each of them holds some of the heads and some columns of the
+# MLP: rows of the matrices that lead there, and columns of those that lead back, whose products are added up over the devices.
+
+ROWS, COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"), ("attention.wo", "mlp.down")
+
+
+def split(model, device):
+    """Leave a decoder on the meta device with the part of its blocks that belongs to this process of torch.distributed."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    config, parts = model.config, mesh.size()
+    if any(size % parts for size in (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)):
+        heads = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
+        raise ValueError(f"{heads} cannot be dealt out evenly to {parts} processes: take another number of them")
+    # PyTorch thinks of x W, where the rows of W as it is stored are columns
+    plan = {name: ColwiseParallel() for name in ROWS} | {name: RowwiseParallel() for name in COLUMNS}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
+    model.config = dataclasses.replace(config, **heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------

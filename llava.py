@@ -24,6 +24,7 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 """
 
 import argparse
+import atexit
 import os
 import shutil
 import sys
@@ -247,7 +248,7 @@ class Llava(nn.Module):
 
     def init_kv_cache(self, batch_size, max_length):
         """An empty cache for max_length positions, a dict of tensors; see llama.init_kv_cache for what is in it."""
-        return llama.init_kv_cache(self.config.text_config, batch_size, max_length, self.dtype, self.device)
+        return llama.init_kv_cache(self.llama.config, batch_size, max_length, self.dtype, self.device)
 
     @torch.no_grad()
     def stream(
@@ -533,7 +534,8 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
 
     model: a folder, "tiny", or a Hub id, which is downloaded once. device: "auto", "cpu", "cuda", "cuda:1", "mps".
     dtype: a torch dtype, its name, or "auto": on a GPU what the checkpoint is stored in, on a CPU what is fastest there.
-    quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step.
+    quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step. In a
+    process group of torch.distributed each process gets its part of the language model.
     Raises ValueError or OSError with a finished sentence; nothing is read before everything is checked.
     """
     device = pick_device(device)
@@ -546,6 +548,10 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     found = weights.scan(llava, folder)
     if dtype == "auto":
         dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava), quantize)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if quantize or compile:
+            raise ValueError("a model that is split over several processes is neither quantised nor compiled: leave these out")
+        llama.split(llava.llama, device)
     if quantize is not None:
         llama.quantize_layers(llava.llama, quantize, dtype)
     check_memory(llava, device, dtype)
@@ -658,7 +664,7 @@ def fastest_dtype(model, device, stored, quantize=None):
 
 def check_memory(model, device, dtype):
     """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
-    needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
+    needed = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in model.parameters()) * dtype.itemsize
     needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised layers
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
@@ -752,6 +758,8 @@ def run(options):
         raise ValueError(f"seed is {options.seed}, and must be a number of at most 64 bits")
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        join(options)
     images = [] if options.each else [open_named(name) for name in options.image]
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
     model, processor = load(options.model, **settings, revision=options.revision)
@@ -767,6 +775,23 @@ def run(options):
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def join(options):
+    """Under torchrun: enter the group, and leave the talking to the first process."""
+    if options.chat or "-" in options.image:
+        raise ValueError("several processes cannot share one standard input: leave out --chat and --image -")
+    device, rank = pick_device(options.device), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        options.device = f"cuda:{rank}"
+        torch.cuda.set_device(pick_device(options.device))
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    seed = [options.seed if options.seed is not None else torch.seed() % 2**63]
+    torch.distributed.broadcast_object_list(seed)  # all of them must draw the same
+    options.seed = seed[0]
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
 
 
 def open_named(name):

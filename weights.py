@@ -470,8 +470,8 @@ def main_dtype(found, model):
 
 def read(model, found, dtype, device):
     """Put the numbers that scan found into a model on the meta device, one tensor at a time, cast to dtype on the device."""
-    state = {}
-    for ours in progress(found, sum(tensor.numel() for tensor in model.state_dict().values())):
+    state, expected = {}, model.state_dict()
+    for ours in progress(found, sum(tensor.numel() for tensor in expected.values())):
         file, name, _ = found[ours]
         # Opened anew each time, as a file's pages stay in memory while it is open; and copied, so that nothing refers to it.
         with safe_open(file, framework="pt") as tensors:
@@ -479,7 +479,7 @@ def read(model, found, dtype, device):
             if hasattr(layer, "quantize_"):
                 layer.quantize_(tensors.get_tensor(name), device)
             else:
-                state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
+                state[ours] = read_part(tensors, name, expected[ours], lambda part: part.to(device, dtype, copy=True))
     tied = is_tied(model)
     if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
         file, name, _ = found["llama.head.weight"]
@@ -488,6 +488,17 @@ def read(model, found, dtype, device):
     model.load_state_dict(state, assign=True)
     if tied:  # assign makes two parameters of them
         model.llama.head.weight = model.llama.embed.weight
+
+
+def read_part(tensors, name, parameter, cast):
+    """A tensor of an open file, cast; of a parameter that is split over several processes only this one's rows or columns."""
+    if not hasattr(parameter, "placements"):
+        return cast(tensors.get_tensor(name))
+    dim, mesh = parameter.placements[0].dim, parameter.device_mesh
+    size = parameter.shape[dim] // mesh.size()
+    own = slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size)
+    local = cast(tensors.get_slice(name)[(slice(None),) * dim + (own,)])
+    return type(parameter).from_local(local, mesh, parameter.placements)
 
 
 def is_tied(model):

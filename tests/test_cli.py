@@ -276,7 +276,8 @@ def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
 def test_defaults():
     assert vars(llava.parse([])) == {
         "image": [], "prompt": "Describe the image.", "model": "llava-hf/llava-1.5-7b-hf", "revision": None, "device": "auto",
-        "dtype": "auto", "quantize": None, "compile": False, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "num_beams": 1, "seed": None,
+        "dtype": "auto", "quantize": None, "compile": False, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0,
+        "top_k": None, "num_beams": 1, "seed": None,
         "pad": None, "system": None, "show_prompt": False, "chat": False, "each": False, "choices": None,
     }  # fmt: skip
 

@@ -86,7 +86,8 @@ def test_loading_quantises_the_linear_layers_of_the_language_model_and_nothing_e
     kept, left = dict(plain.named_parameters()), dict(model.named_parameters())
     assert all(torch.equal(kept[name], parameter) for name, parameter in left.items())
     missing = set(kept) - set(left)
-    assert missing == {f"llama.{name}.weight" for name, layer in plain.llama.named_modules() if isinstance(layer, torch.nn.Linear)}
+    layers = {name for name, layer in plain.llama.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert missing == {f"llama.{name}.weight" for name in layers}
     for name in missing:
         layer = model.get_submodule(name.removesuffix(".weight"))
         again = quantized(scheme, kept[name])
