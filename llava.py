@@ -529,7 +529,7 @@ def load(model, *, device="auto", dtype="auto", revision=None):
     dtype = dtype if dtype == "auto" else pick_dtype(dtype)
     folder = weights.find(model, revision)
     config, preprocess_config = weights.read_config(folder, LlavaConfig, vision.PreprocessConfig)
-    processor = Processor(llama.Tokenizer(folder / "tokenizer.json"), preprocess_config, config)
+    processor = Processor(llama.Tokenizer(weights.small_file(folder / "tokenizer.json")), preprocess_config, config)
     with torch.device("meta"):
         llava = Llava(config).eval()
     found = weights.scan(llava, folder)
@@ -542,8 +542,8 @@ def load(model, *, device="auto", dtype="auto", revision=None):
 
 def save(model, processor, folder):
     """Write a checkpoint in the published layout, which load and transformers read."""
-    weights.write(model, Path(folder), weights.json_files(model.config, processor.preprocess_config, model.dtype))
-    processor.tokenizer.bpe.save(str(Path(folder) / "tokenizer.json"))
+    configs = weights.json_files(model.config, processor.preprocess_config, model.dtype)
+    weights.write(model, Path(folder), configs, processor.tokenizer.bpe.to_str(pretty=True))
 
 
 def pick_device(name):
