@@ -24,12 +24,18 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 """
 
 import argparse
+import contextlib
+import io
 import os
+import signal
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__":  # until main is there: importing torch takes seconds, and Ctrl-C in it is no reason for a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn as nn
@@ -641,6 +647,7 @@ def readable(argument):
 def main(arguments=None):
     """Run the command line; returns the exit status."""
     warnings.showwarning = lambda message, *_, **__: notice(message)
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it is closed, as by `<&-`
     for stream in (sys.stdin, sys.stdout):  # one broken letter, or one that the terminal does not have, is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -653,17 +660,34 @@ def main(arguments=None):
         return 130
     except (ValueError, OSError) as error:  # the finished sentences that are raised throughout
         return fail(error)
-    except torch.OutOfMemoryError:
-        return fail("the device has too little memory: try a smaller dtype, or --device cpu")
+    except (RuntimeError, MemoryError) as error:
+        return fail(lack(error))
+
+
+def lack(error):
+    """What the machine lacks, as a sentence. Raises the error again if it is another: then it is our mistake."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate memory" in text:
+        return "there is too little memory: try --dtype bfloat16, fewer or smaller pictures, another device or --model tiny"
+    if "CUDA error" in text and "assert" not in text:  # an assertion is about a number of ours
+        return f"the device failed ({text.splitlines()[0]}): start again, or try --device cpu"
+    raise error
 
 
 def notice(message):
-    print(f"notice: {message}", file=sys.stderr)
+    print("notice:", line(message), file=sys.stderr)
 
 
 def fail(message):
-    print("error:", str(message).replace("\n", " "), file=sys.stderr)
+    print("error:", line(message), file=sys.stderr)
     return 2
+
+
+def line(message):
+    """As one line of at most 1000 characters, none of which a terminal obeys: names and fields may come from anywhere."""
+    text = f"{message.filename}: {message.strerror}" if getattr(message, "filename", None) else str(message)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= 1000 else f"{text[:500]} … {text[-495:]}"
 
 
 def run(options):
@@ -741,9 +765,8 @@ def check_prompt(model, processor, options, pieces, inputs, past=0):
     """Where a prompt ends, behind `past` positions. Refuses what is too long; prints it to stderr if that is asked for."""
     new = model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
     if past + new > context(model):
-        raise ValueError(
-            f"text and pictures take {past + new} positions, and the model has {context(model)}: ask for less at once"
-        )
+        hint = f"{past} hold what was said so far: ask for less, or start a new conversation" if past else "ask for less at once"
+        raise ValueError(f"text and pictures take {past + new} positions, and the model has {context(model)}: {hint}")
     if options.show_prompt:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
         print(f"prompt: {processor.written(pieces)!r}\nids: {inputs['input_ids'][0].tolist()}", file=sys.stderr)
@@ -821,15 +844,18 @@ class Cost:
         image = f"image {1000 * (marks['prefill'] - marks['image']):.0f} ms, " if "image" in marks else ""
         prefill = f"prefill {1000 * (marks['first'] - marks['prefill']):.0f} ms, "
         speed = f"{tokens} tokens, {(tokens - 1) / (marks['end'] - marks['first']):.1f} tokens/s, "
-        return f"{image}{prefill}{speed}peak memory {peak_memory(self.device) / 1e9:.2f} GB"
+        peak = peak_memory(self.device)
+        return f"{image}{prefill}{speed}peak memory " + (f"{peak / 1e9:.2f} GB" if peak else "unknown")
 
 
 def peak_memory(device):
-    """The most memory that was used so far, in bytes: of the GPU, or else of this process."""
+    """The most memory that was used so far, in bytes: of the GPU, or else of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -857,6 +883,9 @@ def chat(model, processor, images, options):
             pass
         except ValueError as error:
             fail(error)
+            if images:  # or they would be refused with each question from here on
+                notice("the pictures that waited for this question are let go: /image FILE gives one again")
+                images = []
         print(flush=True)
         if talk.ids is before:  # nothing was answered: as if it had not been asked
             talk.kv_cache["length"].fill_(past)
@@ -870,8 +899,8 @@ def read_line():
     while True:
         try:
             if sys.stdin.isatty() and sys.stdout.isatty():
-                import readline  # noqa: F401 (input() edits lines once it is there)
-
+                with contextlib.suppress(ImportError):  # Windows edits lines by itself
+                    import readline  # noqa: F401 (input() edits lines once it is there)
                 words = input("> ")
             else:
                 words = input()
@@ -885,4 +914,7 @@ def read_line():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave = signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main()
+    signal.signal(signal.SIGINT, leave)
+    sys.exit(status)

@@ -220,7 +220,7 @@ def shards(folder):
     here = folder.resolve()
     for file in files:  # nor may a link lead elsewhere, except to where the Hub's cache keeps what its snapshots link to
         if file.resolve().parent not in (here, here.parent.parent / "blobs"):
-            raise ValueError(f"{folder / INDEX}: {file.name} is a link to a file outside of the folder: put the file itself there")
+            raise ValueError(f"{folder / INDEX}: {file.name} is a link out of the folder: put the file itself there")
     return files
 
 
@@ -520,7 +520,8 @@ def progress(names, parameters):
 def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
     """The published layout: the tensors under the published names in files of at most shard_size bytes, and the rest.
 
-    configs: {file name: JSON object}. tokenizer: the text of tokenizer.json. What another checkpoint left in the folder is removed last of all.
+    configs: {file name: JSON object}. tokenizer: the text of tokenizer.json. What another checkpoint left in the folder is
+    removed last of all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {translate(name, THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()}
