@@ -26,6 +26,7 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 import argparse
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -647,7 +648,9 @@ def readable(argument):
 def main(arguments=None):
     """Run the command line; returns the exit status."""
     warnings.showwarning = lambda message, *_, **__: notice(message)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its notes on damaged files would go to stderr
     sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it is closed, as by `<&-`
+    sys.stderr = sys.stderr or io.StringIO()  # or what is meant for it would go to stdout
     for stream in (sys.stdin, sys.stdout):  # one broken letter, or one that the terminal does not have, is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -685,7 +688,9 @@ def fail(message):
 
 def line(message):
     """As one line of at most 1000 characters, none of which a terminal obeys: names and fields may come from anywhere."""
-    text = f"{message.filename}: {message.strerror}" if getattr(message, "filename", None) else str(message)
+    text = str(message)
+    if getattr(message, "strerror", None):  # the system's own
+        text = ": ".join(str(part) for part in (message.filename, message.strerror) if part)
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= 1000 else f"{text[:500]} … {text[-495:]}"
 

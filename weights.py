@@ -295,7 +295,7 @@ def checked(value, expected, where):
     if type(value) not in options:
         raise ValueError(f"{where} is {value!r}, of the wrong type")
     few = ("heads", "channels", "_dim", "image_size", "patch_size")
-    limit = 1024 if where.endswith("layers") else 4096 if where.endswith(few) else 2**24
+    limit = 256 if where.endswith("layers") else 4096 if where.endswith(few) else 2**24
     if type(value) in (int, float) and not -limit <= value <= limit:
         raise ValueError(f"{where} is {value!r}, out of range")
     positive = ("size", "layers", "heads", "channels", "_dim", "embeddings", "window", "_eps", "_theta", "_factor")
@@ -347,7 +347,7 @@ def read_config(folder, llava_config, preprocess_config):
     if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise ValueError(f"{where}: vision_config.model_type is {tower['model_type']!r}; clip_vision_model is supported")
     rope = section(text, "rope_scaling", where) | section(text, "rope_parameters", where)  # its old and its new name
-    if rope.pop("rope_type", rope.pop("type", "default")) != "default":
+    if [rope.pop("rope_type", "default"), rope.pop("type", "default")] != ["default"] * 2:
         raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
     if kind == "mistral":
         text = MISTRAL | text
@@ -435,6 +435,8 @@ def scan(model, folder):
     tied = model.llama.head.weight is model.llama.embed.weight
     found = {}
     for file in shards(folder):
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError(f"{file} is a folder or a pipe, and should be a file")
         try:
             with safe_open(file, framework="pt") as header:
                 slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
