@@ -85,7 +85,8 @@ def test_any_bytes_are_a_picture_or_refused(files, content, kind):
 # ----------------------------------------------------------------------------------------------------------------
 # Text
 
-LETTERS = st.characters() | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, exclude_categories=())  # of the shell
+BROKEN = st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF, exclude_categories=())  # bytes, as the shell disguises them
+LETTERS = st.characters(codec="utf-8") | BROKEN
 ARGUMENTS = st.text(LETTERS) | st.text("<>/simagepdun|USER:ASTN \n▁\0", max_size=60)
 PLAIN = ARGUMENTS.map(llava.readable)
 

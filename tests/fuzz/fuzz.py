@@ -37,8 +37,8 @@ CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
 JSON = {name: json.loads((TINY / name).read_text()) for name in CONFIGS}
 EXTREME = [
     None, True, False, 0, 1, -1, 2, 7, 2**24, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "",
-    "x", "default", "full", "linear", "llama", "mistral", "../x.safetensors", "a.safetensors", "\0", "\ud800", [], [0], [None], [2.5],
-    [[[]]], {}, {"a": 1}, {"shortest_edge": 28}, {"height": 28, "width": 28},
+    "x", "default", "full", "linear", "llama", "mistral", "../x.safetensors", "a.safetensors", "\0", "\ud800", [], [0], [None],
+    [2.5], [[[]]], {}, {"a": 1}, {"shortest_edge": 28}, {"height": 28, "width": 28},
 ]  # fmt: skip
 FIELDS = [
     "rope_scaling", "rope_parameters", "rope_theta", "rope_type", "type", "sliding_window", "head_dim", "num_key_value_heads",
@@ -273,7 +273,7 @@ def main():
         rng = random.Random(0)
         for number in range(50):
             (corpus / f"{number:02}").write_bytes(rng.randbytes(rng.randint(50, 600)))
-    limits = ["-timeout=300", "-rss_limit_mb=2048", "-max_len=4096", "-len_control=0", "-use_value_profile=1"]
+    limits = ["-timeout=300", "-rss_limit_mb=2048", "-max_len=4096", "-len_control=0", "-reduce_inputs=0"]
     arguments = [sys.argv[0], str(corpus), *limits, *sys.argv[2:]]
     atheris.Setup(arguments, one)
     atheris.Fuzz()
