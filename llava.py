@@ -35,8 +35,10 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-if __name__ == "__main__":  # until main is there: importing torch takes seconds, and Ctrl-C in it is no reason for a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C in it is no reason for a traceback
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn as nn
@@ -919,7 +921,7 @@ def read_line():
 
 
 if __name__ == "__main__":
-    leave = signal.signal(signal.SIGINT, signal.default_int_handler)
+    leave = signal.signal(signal.SIGINT, usual)
     status = main()
     signal.signal(signal.SIGINT, leave)
     sys.exit(status)

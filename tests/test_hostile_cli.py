@@ -26,6 +26,7 @@ from PIL import Image
 from reference import ROOT, TINY, make_checkpoint
 from test_pictures import claimed_png, encoded, picture
 
+import llama
 import llava
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each case runs in a fork")
@@ -385,6 +386,19 @@ def interrupted(moment):
 @pytest.mark.parametrize("library", ["libtorch_cpu", "_C.cpython", "_imaging.cpython"])
 def test_ctrl_c_while_torch_is_imported(library):
     assert interrupted(library) == (130, "")
+
+
+@pytest.mark.parametrize("handler, status", [(signal.SIG_IGN, 0), (signal.default_int_handler, 130)], ids=["ignored", "usual"])
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(base, handler, status):
+    """As a shell starts it there: Ctrl-C is for the others."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, handler)
+        check_sampling = llama.check_sampling
+        llama.check_sampling = lambda *args: os.kill(os.getpid(), signal.SIGINT) or check_sampling(*args)
+
+    found = run(*brief(base, "--prompt", "Hi"), prepare=prepare)
+    assert found.status == status and bool(found.out) == (status == 0) and "Traceback" not in found.err
 
 
 @pytest.mark.slow
