@@ -760,8 +760,8 @@ def test_a_disk_that_is_full_later_leaves_the_old_checkpoint(saved, number, monk
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_text(self, *args, **options)
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match=r"cannot be written: .*No space left"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"cannot be written: .*No space left"):
+        patch.setattr(Path, "write_text", full)
         llava.save(model, processor, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
