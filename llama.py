@@ -45,11 +45,14 @@ class Tokenizer:
     def __init__(self, file):
         try:
             self.bpe = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+            self.bpe.no_truncation()  # a prompt cut in the middle of a picture is worse than an error
+            self.bpe.no_padding()
+            self.start = self.bpe.encode("").ids  # what the file puts in front of every text: <s>, once
+            self.encode("\U0010ffff")  # a character that no vocabulary has: some files fail only there
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and where it panics not even these
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from None
-        self.bpe.no_truncation()  # a prompt cut in the middle of a picture is worse than an error
-        self.bpe.no_padding()
-        self.start = self.bpe.encode("").ids  # what the file puts in front of every text: <s>, once
 
     def id(self, token):
         """The id of a token, None if it is not in the vocabulary."""

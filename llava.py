@@ -25,14 +25,23 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 
 import argparse
 import atexit
+import contextlib
+import io
+import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C in it is no reason for a traceback
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn as nn
@@ -540,9 +549,11 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     """
     device = pick_device(device)
     dtype = dtype if dtype == "auto" else pick_dtype(dtype)
+    if compile:
+        check_compiler(device)
     folder = weights.find(model, revision)
     config, preprocess_config = weights.read_config(folder, LlavaConfig, vision.PreprocessConfig)
-    processor = Processor(llama.Tokenizer(folder / "tokenizer.json"), preprocess_config, config)
+    processor = Processor(llama.Tokenizer(weights.small_file(folder / "tokenizer.json")), preprocess_config, config)
     with torch.device("meta"):
         llava = Llava(config).eval()
     found = weights.scan(llava, folder)
@@ -574,7 +585,6 @@ class RecordedStep:
     def __init__(self, model):
         self.plain, self.llama = model.step, model.llama
         if model.device.type == "cpu":
-            check_compiler()
             blocks = [torch.compile(block, dynamic=False) for block in model.llama.blocks]  # all alike: compiled once
             self.run = partial(model.llama.run, blocks=blocks)
         else:
@@ -615,16 +625,16 @@ class CudaGraph:
         return out
 
 
-def check_compiler():
-    """torch.compile writes C++ for a CPU: say so before the model is read, not after."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name):
+def check_compiler(device):
+    """torch.compile writes C++ for a CPU."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name):
         raise ValueError("compile needs a C++ compiler on a CPU, and there is none: install g++ or leave it out")
 
 
 def save(model, processor, folder):
     """Write a checkpoint in the published layout, which load and transformers read."""
-    weights.write(model, Path(folder), weights.json_files(model.config, processor.preprocess_config, model.dtype))
-    processor.tokenizer.bpe.save(str(Path(folder) / "tokenizer.json"))
+    configs = weights.json_files(model.config, processor.preprocess_config, model.dtype)
+    weights.write(model, Path(folder), configs, processor.tokenizer.bpe.to_str(pretty=True))
 
 
 def pick_device(name):
@@ -726,6 +736,9 @@ def readable(argument):
 def main(arguments=None):
     """Run the command line; returns the exit status."""
     warnings.showwarning = lambda message, *_, **__: notice(message)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its notes on damaged files would go to stderr
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it is closed, as by `<&-`
+    sys.stderr = sys.stderr or io.StringIO()  # or what is meant for it would go to stdout
     for stream in (sys.stdin, sys.stdout):  # one broken letter, or one that the terminal does not have, is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -738,17 +751,36 @@ def main(arguments=None):
         return 130
     except (ValueError, OSError) as error:  # the finished sentences that are raised throughout
         return fail(error)
-    except torch.OutOfMemoryError:
-        return fail("the device has too little memory: try a smaller dtype, --quantize int4, or --device cpu")
+    except (RuntimeError, MemoryError) as error:
+        return fail(lack(error))
+
+
+def lack(error):
+    """What the machine lacks, as a sentence. Raises the error again if it is another: then it is our mistake."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate memory" in text:
+        return "there is too little memory: try --quantize int4, fewer or smaller pictures, another device or --model tiny"
+    if "CUDA error" in text and "assert" not in text:  # an assertion is about a number of ours
+        return f"the device failed ({text.splitlines()[0]}): start again, or try --device cpu"
+    raise error
 
 
 def notice(message):
-    print(f"notice: {message}", file=sys.stderr)
+    print("notice:", line(message), file=sys.stderr)
 
 
 def fail(message):
-    print("error:", str(message).replace("\n", " "), file=sys.stderr)
+    print("error:", line(message), file=sys.stderr)
     return 2
+
+
+def line(message):
+    """As one line of at most 1000 characters, none of which a terminal obeys: names and fields may come from anywhere."""
+    text = str(message)
+    if getattr(message, "strerror", None):  # the system's own
+        text = ": ".join(str(part) for part in (message.filename, message.strerror) if part)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= 1000 else f"{text[:500]} … {text[-495:]}"
 
 
 def run(options):
@@ -846,9 +878,8 @@ def check_prompt(model, processor, options, pieces, inputs, past=0):
     """Where a prompt ends, behind `past` positions. Refuses what is too long; prints it to stderr if that is asked for."""
     new = model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
     if past + new > context(model):
-        raise ValueError(
-            f"text and pictures take {past + new} positions, and the model has {context(model)}: ask for less at once"
-        )
+        hint = f"{past} hold what was said so far: ask for less, or start a new conversation" if past else "ask for less at once"
+        raise ValueError(f"text and pictures take {past + new} positions, and the model has {context(model)}: {hint}")
     if options.show_prompt:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
         print(f"prompt: {processor.written(pieces)!r}\nids: {inputs['input_ids'][0].tolist()}", file=sys.stderr)
@@ -926,15 +957,18 @@ class Cost:
         image = f"image {1000 * (marks['prefill'] - marks['image']):.0f} ms, " if "image" in marks else ""
         prefill = f"prefill {1000 * (marks['first'] - marks['prefill']):.0f} ms, "
         speed = f"{tokens} tokens, {(tokens - 1) / (marks['end'] - marks['first']):.1f} tokens/s, "
-        return f"{image}{prefill}{speed}peak memory {peak_memory(self.device) / 1e9:.2f} GB"
+        peak = peak_memory(self.device)
+        return f"{image}{prefill}{speed}peak memory " + (f"{peak / 1e9:.2f} GB" if peak else "unknown")
 
 
 def peak_memory(device):
-    """The most memory that was used so far, in bytes: of the GPU, or else of this process."""
+    """The most memory that was used so far, in bytes: of the GPU, or else of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -962,6 +996,9 @@ def chat(model, processor, images, options):
             pass
         except ValueError as error:
             fail(error)
+            if images:  # or they would be refused with each question from here on
+                notice("the pictures that waited for this question are let go: /image FILE gives one again")
+                images = []
         print(flush=True)
         if talk.ids is before:  # nothing was answered: as if it had not been asked
             talk.kv_cache["length"].fill_(past)
@@ -975,8 +1012,8 @@ def read_line():
     while True:
         try:
             if sys.stdin.isatty() and sys.stdout.isatty():
-                import readline  # noqa: F401 (input() edits lines once it is there)
-
+                with contextlib.suppress(ImportError):  # Windows edits lines by itself
+                    import readline  # noqa: F401 (input() edits lines once it is there)
                 words = input("> ")
             else:
                 words = input()
@@ -990,4 +1027,7 @@ def read_line():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave = signal.signal(signal.SIGINT, usual)
+    status = main()
+    signal.signal(signal.SIGINT, leave)
+    sys.exit(status)
