@@ -30,7 +30,7 @@ from test_pictures import claimed_png, encoded, picture
 import llama
 import llava
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each case runs in a fork")
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="each case runs in a fork, and its streams are of Linux")
 SECONDS, MEGABYTES, LARGE = 20, 700, 1000  # what a case may take of the processor and of memory, and the largest picture of it
 
 
