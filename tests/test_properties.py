@@ -46,7 +46,7 @@ def refused(call, *args):
 # Pictures
 
 
-@examples(120)
+@examples(80)
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(MODES), st.booleans(), st.sampled_from([EDGE, 27, 41]))
 def test_any_picture_equals_the_reference(width, height, mode, pad, edge):
     image, config = picture(width, height, mode), preprocess_config(edge)
@@ -129,7 +129,7 @@ def checkpoint(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-@examples(40)
+@examples(30)
 @given(PLAIN, st.lists(PLAIN, max_size=3))
 def test_any_prompt_and_any_talk_are_answered(checkpoint, capsys, words, lines):
     """At the command line: exit status 0, or 2 and one line for a prompt that is too long."""
@@ -187,7 +187,7 @@ def run(folder):
         model.generate(**inputs, max_new_tokens=2)
 
 
-@examples(120)
+@examples(80)
 @given(st.data(), st.sampled_from(["config.json", "preprocessor_config.json", "generation_config.json"]), VALUES)
 def test_any_field_of_a_config_is_honoured_or_refused(folder, checkpoint, data, file, value):
     values = json.loads((checkpoint / file).read_text())
@@ -203,7 +203,7 @@ def test_any_field_of_a_config_is_honoured_or_refused(folder, checkpoint, data, 
         (folder / file).write_bytes((checkpoint / file).read_bytes())
 
 
-@examples(120)
+@examples(80)
 @given(st.data(), st.sampled_from(["length", "bytes", "entry", "cut"]))
 def test_any_header_is_read_or_refused(folder, checkpoint, data, way):
     file = folder / weights.SINGLE
