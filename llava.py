@@ -43,6 +43,8 @@ if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C in it is
     if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights in pages of 2 MB instead of 4 kB: Linux reads them a sixth faster
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -208,8 +208,7 @@ class Side:
     def __init__(self, name, folder):
         command = [sys.executable, __file__, "--serve", name, "--folder", str(folder)]
         self.name = name
-        # a thread that waits for the others must sleep, or it takes the processor from the side whose turn it is
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.about = self.answer()
 
