@@ -138,15 +138,29 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T12 the crop is off by one",
         "vision.py",
-        "(image.height - height) // 2\n",
-        "(image.height - height + 1) // 2\n",
+        '(size[1] - config.crop_size["height"]) // 2\n',
+        '(size[1] - config.crop_size["height"] + 1) // 2\n',
         "test_pictures.py",
     ),
     (
         "T12 width and height change places",
         "vision.py",
-        "size = (edge, other) if image.width <= image.height else (other, edge)",
-        "size = (edge, other) if image.width > image.height else (other, edge)",
+        "size = (edge, other) if width <= height else (other, edge)",
+        "size = (edge, other) if width > height else (other, edge)",
+        "test_pictures.py",
+    ),
+    (
+        "the way back to the photo forgets the crop",
+        "vision.py",
+        "+ np.tile([left, top], 2)",
+        "+ 0 * np.tile([left, top], 2)",
+        "test_pictures.py",
+    ),
+    (
+        "the way back to the photo forgets the margin",
+        "vision.py",
+        "- np.tile(margin, 2)",
+        "- 0 * np.tile(margin, 2)",
         "test_pictures.py",
     ),
     (
