@@ -21,6 +21,8 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
     S        all positions, those in the cache first
     D, A     width and attention heads of the language model
     V        size of the vocabulary
+
+Notebooks: notebooks/1_one_question.ipynb, and 4_the_bridge.ipynb of the projector. Next file: weights.py.
 """
 
 import argparse

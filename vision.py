@@ -16,7 +16,7 @@ its own place, while the last block serves CLIP's own aim, one vector for the wh
     A, E     attention heads, width of one head           16, 64
     F        width of the MLP                             4096
 
-Notebook: the eye. Next file: llama.py.
+Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 
 import warnings

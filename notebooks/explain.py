@@ -1,7 +1,7 @@
 """Behind --trace and --explain of llava.py: what happened inside while it answered, as a table on stderr and as a page.
 
     python llava.py --model tiny --image tiny/scene.png --trace
-    python llava.py --model tiny --image tiny/scene.png --explain explain.html
+    python llava.py --model tiny --image tiny/scene.png --explain page.html
 
 The answer is computed as ever, and hooks only note shapes and times on the way. Afterwards the KV cache is taken back to where
 the question begins, and question and answer are read once more in one chunk, this time with the attention weights written down.

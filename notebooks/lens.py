@@ -34,13 +34,16 @@ def hear(model, note):
 
         hooks.append(module.register_forward_hook(hook))
 
+    def before(module, args):
+        note("merge", args[0])
+
     after(model.vision.pre_norm, "vision.0")
     for i, block in enumerate(model.vision.blocks, start=1):
         for letter in "qkv":
             after(getattr(block.attention, f"w{letter}"), f"vision.{i}.{letter}")
         after(block, f"vision.{i}")
     after(model.projector, "projector")
-    hooks.append(model.llama.register_forward_pre_hook(lambda module, args: note("merge", args[0])))
+    hooks.append(model.llama.register_forward_pre_hook(before))
     last = len(model.llama.blocks)
     for i, block in enumerate(model.llama.blocks, start=1):
         for letter in "qkv":
@@ -119,11 +122,11 @@ def logit_lens(model, state):
 
 
 @torch.no_grad()
-def occlusion(model, answer, input_ids, pixel_values, fill=None):
-    """What each patch is worth to an answer (a list of ids): the fall of its log-probability without the patch → (P,).
+def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
+    """What each place is worth to an answer (a list of ids): the fall of its log-probability when it is covered → (P,).
 
-    fill: what is painted over the patch, as a pixel value; None: the picture's median colour, which is as good as background.
-    (Zeiler and Fergus 2014, section 4.2.)
+    reach: how many patches around each one are covered with it. fill: what is painted there, as a pixel value; None: the
+    picture's median colour, which is as good as background. (Zeiler and Fergus 2014, section 4.2.)
     """
     grid, size = model.vision.grid, model.config.vision_config.patch_size
     if fill is None:
@@ -131,9 +134,9 @@ def occlusion(model, answer, input_ids, pixel_values, fill=None):
     whole = model.score([answer], input_ids, pixel_values)[0]
     falls = []
     for patch in range(grid**2):
-        row, column = divmod(patch, grid)
+        rows, columns = (slice(max(0, i - reach) * size, (i + reach + 1) * size) for i in divmod(patch, grid))
         covered = pixel_values.clone()
-        covered[0, :, row * size : (row + 1) * size, column * size : (column + 1) * size] = fill
+        covered[0, :, rows, columns] = fill
         falls.append(whole - model.score([answer], input_ids, covered)[0])
     return torch.stack(falls)
 

@@ -22,6 +22,7 @@ if NAME == "tiny":
 
 def place(thing, line=None):
     """file:line of a class, function or module, or of the first line in it that contains the given text."""
+    thing = inspect.unwrap(thing) if callable(thing) else thing
     source, first = inspect.getsourcelines(thing)
     if line is not None:
         found = [i for i, text in enumerate(source) if line in text]
