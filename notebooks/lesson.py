@@ -88,5 +88,5 @@ def difference(got, expected):
             return f"at {list(where)} it is {got[where].item():.4g}, and should be {expected[where].item():.4g}"
         return None
     if isinstance(expected, float):
-        return None if abs(got - expected) <= 1e-4 * max(1.0, abs(expected)) else f"it is {got:.6g}"
+        return None if got == expected or abs(got - expected) <= 1e-4 * max(1.0, abs(expected)) else f"it is {got:.6g}"
     return None if got == expected else f"it is {got!r}"

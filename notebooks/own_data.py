@@ -2,9 +2,8 @@
 
     python notebooks/own_data.py FOLDER --out MINE
     python notebooks/own_data.py FOLDER --out MINE --model llava-hf/llava-1.5-7b-hf --lora 16 --device cuda --dtype bfloat16
-    python llava.py --model MINE --image FOLDER/1.png --prompt "What shape is it?"
 
-FOLDER holds pictures and a file questions.jsonl, a line for each question:
+Then `llava.py --model MINE` answers. FOLDER holds pictures and a file questions.jsonl, a line for each question:
 
     {"image": "1.png", "question": "What shape is it?", "answer": "star"}
 
@@ -29,6 +28,7 @@ import llava
 import vision
 
 HELD_BACK = 5  # one line in so many is not trained on
+EXAMPLE = next(line.strip() for line in __doc__.splitlines() if "{" in line)
 
 
 class LowRank(nn.Module):
@@ -64,7 +64,7 @@ def read_questions(folder):
     """questions.jsonl → [(picture's path, question, answer), ...]. Raises ValueError or OSError with a finished sentence."""
     file = Path(folder) / "questions.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"there is no {file}: a line for each question, such as {__doc__.splitlines()[8].strip()}")
+        raise FileNotFoundError(f"there is no {file}: a line for each question, such as {EXAMPLE}")
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

@@ -102,8 +102,9 @@ def test_check_of_values(capsys):
     lesson.check(5, 3)
     lesson.check(3, 3)
     lesson.check(0.5, 0.25)
+    lesson.check(float("inf"), float("inf"))
     assert capsys.readouterr().out.splitlines() == [
-        "Not done yet.", "Not right: one too many", "Not right: it is 5", "Right.", "Not right: it is 0.5",
+        "Not done yet.", "Not right: one too many", "Not right: it is 5", "Right.", "Not right: it is 0.5", "Right.",
     ]  # fmt: skip
 
 
