@@ -60,8 +60,8 @@ def execute(file):
     for _, check, solution in exercises(fresh):
         fresh.cells.append(nbformat.v4.new_code_cell(f"{solution}\n{check.source}"))
     start = computed()
-    where = {"metadata": {"path": str(FOLDER)}}
-    NotebookClient(fresh, timeout=900, startup_timeout=300, kernel_name="python3", resources=where).execute()
+    options = dict(timeout=900, startup_timeout=300, kernel_name="python3", coalesce_streams=True)
+    NotebookClient(fresh, resources={"metadata": {"path": str(FOLDER)}}, **options).execute()
     seconds = computed() - start
     for cell in fresh.cells[kept:]:
         if text(cell).strip() != "Right.":
