@@ -20,6 +20,8 @@ key-value heads than query heads and a window beyond which attention does not lo
 Notebook: notebooks/3_the_voice.ipynb. Next file: llava.py.
 """
 
+import contextlib
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -43,11 +45,14 @@ class Tokenizer:
     def __init__(self, file):
         try:
             self.bpe = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+            self.bpe.no_truncation()  # a prompt cut in the middle of a picture is worse than an error
+            self.bpe.no_padding()
+            self.start = self.bpe.encode("").ids  # what the file puts in front of every text: <s>, once
+            self.encode("\U0010ffff")  # a character that no vocabulary has: some files fail only there
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and where it panics not even these
             raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from None
-        self.bpe.no_truncation()  # a prompt cut in the middle of a picture is worse than an error
-        self.bpe.no_padding()
-        self.start = self.bpe.encode("").ids  # what the file puts in front of every text: <s>, once
 
     def id(self, token):
         """The id of a token, None if it is not in the vocabulary."""
@@ -157,7 +162,8 @@ def attend(q, k, v, mask, output_attentions=False):
     """
     B, H, T, E = q.shape
     K, S = k.shape[1:3]
-    if not output_attentions:  # the same in one fused call, which never writes the weights down
+    one_on_cpu = T == 1 and q.device.type == "cpu"  # where the two products below take a quarter of the time
+    if not output_attentions and not one_on_cpu:  # the same in one fused call, which never writes the weights down
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K), None
     # The queries that share a key-value head stand below one another, so that no key is copied.
     scores = q.reshape(B, K, -1, E) @ k.transpose(2, 3) / math.sqrt(E)  # (B, K, H // K * T, S)
@@ -165,7 +171,7 @@ def attend(q, k, v, mask, output_attentions=False):
     dtype = torch.promote_types(q.dtype, torch.float32)  # exponentials of 16-bit numbers are too coarse
     weights = scores.softmax(-1, dtype=dtype).to(q.dtype)  # (B, H, T, S)
     x = weights.view(B, K, -1, S) @ v  # (B, K, H // K * T, E)
-    return x.view(B, H, T, E), weights
+    return x.view(B, H, T, E), weights if output_attentions else None
 
 
 class Attention(nn.Module):
@@ -180,14 +186,12 @@ class Attention(nn.Module):
         self.wv = nn.Linear(width, config.num_key_value_heads * E, bias=False)
         self.wo = nn.Linear(config.num_attention_heads * E, width, bias=False)
 
-    def forward(self, x, cos, sin, mask, cached, output_attentions=False):
-        """cached: None, or this layer's (keys, values) in the cache up to and with the new positions, (B, K, S, E) each."""
+    def forward(self, x, cos, sin, mask, where, cached, output_attentions=False):
+        """cached: None, or this layer's (keys, values) in the cache, (B, K, S, E) each; the new ones go to `where` (T)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # (B, H, T, E), (B, K, T, E)
         if cached is not None:
-            T = x.shape[1]
-            cached[0][:, :, -T:], cached[1][:, :, -T:] = k, v
-            k, v = cached  # (B, K, S, E), (B, K, S, E)
+            k, v = (old.index_copy_(2, where, new) for old, new in zip(cached, (k, v), strict=True))  # (B, K, S, E), (B, K, S, E)
         x, weights = attend(q, k, v, mask, output_attentions)
         return self.wo(x.transpose(1, 2).flatten(2)), weights
 
@@ -216,8 +220,8 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask, cached, output_attentions=False):
-        attended, weights = self.attention(self.attention_norm(x), cos, sin, mask, cached, output_attentions)
+    def forward(self, x, cos, sin, mask, where, cached, output_attentions=False):
+        attended, weights = self.attention(self.attention_norm(x), cos, sin, mask, where, cached, output_attentions)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), weights
 
@@ -237,8 +241,9 @@ class Llama(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, x, attention_mask=None, position_ids=None, kv_cache=None, output_hidden_states=False, output_attentions=False
-    ):
+        self, x, attention_mask=None, position_ids=None, kv_cache=None, output_hidden_states=False, output_attentions=False,
+        end=None, run=None,
+    ):  # fmt: skip
         """Embeddings x (B, T, D) → (last hidden state after the norm (B, T, D), hidden_states, attentions).
 
         attention_mask (B, S): 1 where a position holds a real token. None: as the cache remembers, and all new ones are real.
@@ -247,30 +252,39 @@ class Llama(nn.Module):
         fit is refused before anything is written.
         hidden_states: a tuple of layers + 1, [0] is x, [i] the output of block i, but the last one is after the norm.
         attentions: a tuple of layers, (B, H, T, S) each. Both are None unless asked for.
+        end, run: for a recorded step, how many positions of the cache to look at (S, more than are filled), and what to call
+        in place of self.run.
         """
         B, T, _ = x.shape
         past = length(kv_cache)
         if kv_cache is not None:
             check_room(kv_cache, T)
-        real = real_tokens(attention_mask, kv_cache, B, T, x.device)  # (B, S)
-        mask = visible(real, T, self.config.sliding_window)  # (B, 1, T, S)
+        S = end or past + T
+        real = real_tokens(attention_mask, kv_cache, B, T, x.device)  # (B, past + T)
         if position_ids is None:
             position_ids = (real.cumsum(-1) - real.long())[:, past:]  # (B, T)
+        real = F.pad(real, (0, S - past - T))  # (B, S)
+        where = torch.arange(past, past + T, device=x.device)  # (T)
+        mask = visible(real, where, self.config.sliding_window)  # (B, 1, T, S)
         cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cached = [None if kv_cache is None else window(kv_cache, i, S) for i in range(len(self.blocks))]
+        out = (run or self.run)(x, cos, sin, mask, where, cached, output_hidden_states, output_attentions)
+        if kv_cache is not None:
+            kv_cache["real"][:, :S] = real
+            kv_cache["length"] += T
+        return out
 
+    def run(self, x, cos, sin, mask, where, cached, output_hidden_states=False, output_attentions=False, blocks=None):
+        """The same once position, mask and cache are settled: tensors only, so that a step can be compiled or recorded."""
         hidden_states, attentions = [x], []
-        for i, block in enumerate(self.blocks):
-            cached = None if kv_cache is None else window(kv_cache, i, past + T)
-            args = (x, cos, sin, mask, cached, output_attentions)
+        for block, keys_values in zip(blocks or self.blocks, cached, strict=True):
+            args = (x, cos, sin, mask, where, keys_values, output_attentions)
             x, weights = checkpoint(block, *args, use_reentrant=False) if self.gradient_checkpointing else block(*args)
             if output_hidden_states:
                 hidden_states.append(x)
             attentions.append(weights)
         x = self.norm(x)  # (B, T, D)
-        if kv_cache is not None:
-            kv_cache["real"][:, : past + T] = real
-            kv_cache["length"] += T
         hidden_states = (*hidden_states[:-1], x) if output_hidden_states else None
         return x, hidden_states, tuple(attentions) if output_attentions else None
 
@@ -282,6 +296,155 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Fewer bits. A step multiplies one vector by every matrix, so it takes as long as reading them: the matrices are kept as small
+# whole numbers and a scale. What is multiplied with them keeps its precision.
+
+
+class QuantizedLinear(nn.Module):
+    """x Wᵀ for a W that is kept in whole numbers; its two kinds say how."""
+
+    FEW = 32  # rows of x, up to which the packed kernel is faster than the plain product
+    ROWS = 512  # rows of W that are written out at a time
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        packed = len(rows) <= self.FEW and rows.is_cpu and rows.dtype == torch.bfloat16 and self.has_kernel
+        return (self.kernel(rows) if packed else self.plain(rows)).unflatten(0, x.shape[:-1])
+
+    def plain(self, x):
+        """The same product with W written out. A CPU keeps some rows of it in its cache, where the product finds them again."""
+        step = self.ROWS if x.is_cpu else self.out_features
+        parts = [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
+        return torch.cat([self.product(x, start, end) for start, end in parts], dim=-1)
+
+    def quantize_(self, weight, device):
+        """Keep a matrix (outputs, inputs) of any dtype, some rows at a time, so that little memory is needed beside it."""
+        parts = [self.rounded(rows.float()) for rows in weight.split(self.ROWS)]
+        for name, dim in (("q", 0), ("scale", self.ROWS_OF_SCALE)):
+            self.register_buffer(name, torch.cat([part[name] for part in parts], dim).to(device))
+
+
+class Int8Linear(QuantizedLinear):
+    """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output."""
+
+    ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
+    has_kernel = True
+
+    def __init__(self, in_features, out_features, dtype):
+        super().__init__(in_features, out_features)
+        self.register_buffer("q", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(out_features, dtype=dtype))
+
+    def rounded(self, weight):
+        scale = (weight.abs().amax(1) / 127).to(self.scale.dtype)
+        q = (weight / at_least_tiny(scale)[:, None]).round().clamp(-127, 127)
+        return {"q": q.to(torch.int8), "scale": scale}
+
+    def product(self, x, start, end):
+        return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
+
+    def kernel(self, x):
+        return torch._weight_int8pack_mm(x, self.q, self.scale)
+
+
+class Int4Linear(QuantizedLinear):
+    """W[n, k] ≈ scale[n, g] · (q[n, k] - 8) + zero[n, g], with q in 0 … 15: a scale and a zero for each group g of 64 columns.
+
+    A byte holds the q of two rows, 32 apart, as the kernel wants it: q (outputs / 64, inputs, 32). Beside it scale and zero,
+    (inputs / 64, outputs, 2). Both 64s are smaller where a width is not divisible by them, and there is no kernel then.
+    """
+
+    ROWS_OF_SCALE = 1
+
+    def __init__(self, in_features, out_features, dtype):
+        super().__init__(in_features, out_features)
+        self.group, self.block = math.gcd(in_features, 64), math.gcd(out_features, 64)
+        self.register_buffer("q", torch.empty(out_features // self.block, in_features, self.block // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(in_features // self.group, out_features, 2, dtype=dtype))
+
+    @property
+    def has_kernel(self):
+        return self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+    def rounded(self, weight):
+        groups = weight.unflatten(1, (-1, self.group))
+        low, high = groups.aminmax(dim=2, keepdim=True)
+        scale = ((high - low) / 15).to(self.scale.dtype)
+        zero = (low + 8 * scale).to(self.scale.dtype)
+        q = ((groups - zero) / at_least_tiny(scale)).round().add(8).clamp(0, 15).to(torch.uint8).flatten(1)
+        first, second = q.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=2)
+        return {"q": first | second << 4, "scale": torch.cat([scale, zero], dim=2).transpose(0, 1)}
+
+    def product(self, x, start, end):
+        q = self.q[start // self.block : end // self.block]
+        q = torch.cat([q & 15, q >> 4], dim=2).transpose(1, 2).contiguous().to(x.dtype)
+        q = q.flatten(0, 1).unflatten(1, (-1, self.group))
+        scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
+        return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
+
+    def kernel(self, x):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.out_features, -1), self.group, self.scale)
+
+
+def at_least_tiny(scale):
+    """In float32, without the zeros of rows that are all zero."""
+    return scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantize_layers(model, scheme, dtype):
+    """Put Int8Linear or Int4Linear in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
+    if scheme not in QUANTIZED:
+        raise ValueError(f"quantize is {scheme!r}, and must be {' or '.join(QUANTIZED)}")
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                with torch.device("meta"):
+                    setattr(parent, name, QUANTIZED[scheme](layer.in_features, layer.out_features, dtype))
+
+
+@contextlib.contextmanager
+def matrix_times_vector(x):
+    """On a CPU, torch's own product of a bfloat16 matrix and one vector reads it twice as fast as oneDNN's, which it prefers."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not (x.is_cpu and x.shape[:-1].numel() == 1)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Several devices (Shoeybi et al. 2019, "Megatron-LM", section 3). Each of them holds some of the heads and some columns of the
+# MLP: rows of the matrices that lead there, and columns of those that lead back, whose products are added up over the devices.
+
+ROWS, COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"), ("attention.wo", "mlp.down")
+
+
+def split(model, device):
+    """Leave a decoder on the meta device with the part of its blocks that belongs to this process of torch.distributed."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    config, parts = model.config, mesh.size()
+    if any(size % parts for size in (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)):
+        heads = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
+        raise ValueError(f"{heads} cannot be dealt out evenly to {parts} processes: take another number of them")
+    # PyTorch thinks of x W, where the rows of W as it is stored are columns
+    plan = {name: ColwiseParallel() for name in ROWS} | {name: RowwiseParallel() for name in COLUMNS}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
+    model.config = dataclasses.replace(config, **heads)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -372,8 +535,8 @@ def real_tokens(attention_mask, kv_cache, batch_size, new, device):
     return attention_mask.to(device, torch.bool)
 
 
-def visible(real, new, sliding_window=None):
-    """The mask: which of the S positions each of the last `new` ones may look at, (B, 1, T, S) bool.
+def visible(real, where, sliding_window=None):
+    """The mask: which of the S positions each of the new ones, which stand at `where`, may look at, (B, 1, T, S) bool.
 
     For one row of four tokens, the first of them padding:      keys    0 1 2 3
                                                           query 0       x . . .   a pad sees itself, so that softmax
@@ -381,9 +544,8 @@ def visible(real, new, sliding_window=None):
                                                           query 2       . x x .   ever reads what comes of it
                                                           query 3       . x x x
     """
-    S = real.shape[1]
-    key = torch.arange(S, device=real.device)
-    query = key[S - new :, None]
+    key = torch.arange(real.shape[1], device=real.device)  # (S)
+    query = where[:, None]  # (T, 1)
     mask = key <= query  # (T, S)
     if sliding_window is not None:
         mask = mask & (key > query - sliding_window)  # a window of W keys, the query's own included

@@ -26,12 +26,24 @@ Notebooks: notebooks/1_one_question.ipynb, and 4_the_bridge.ipynb of the project
 """
 
 import argparse
+import atexit
+import contextlib
+import io
+import logging
 import os
+import shutil
+import signal
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C in it is no reason for a traceback
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 import torch.nn as nn
@@ -247,7 +259,7 @@ class Llava(nn.Module):
 
     def init_kv_cache(self, batch_size, max_length):
         """An empty cache for max_length positions, a dict of tensors; see llama.init_kv_cache for what is in it."""
-        return llama.init_kv_cache(self.config.text_config, batch_size, max_length, self.dtype, self.device)
+        return llama.init_kv_cache(self.llama.config, batch_size, max_length, self.dtype, self.device)
 
     @torch.no_grad()
     def stream(
@@ -324,8 +336,14 @@ class Llava(nn.Module):
             if parents is not None:
                 llama.reorder_cache(kv_cache, parents)
             attention_mask = torch.cat([kv_cache["real"][:, : llama.length(kv_cache)], real[:, None]], dim=1)
-            x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
-            logits = self(inputs_embeds=x, attention_mask=attention_mask, kv_cache=kv_cache).logits  # (B * copies, 1, V)
+            logits = self.step(ids, attention_mask, kv_cache)  # (B * copies, 1, V)
+
+    def step(self, ids, attention_mask, kv_cache, **recorded):
+        """One id for each row, (B,), behind what the cache holds → the logits of what follows, (B, 1, V)."""
+        x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
+        with llama.matrix_times_vector(x):
+            x = self.llama(x, attention_mask, kv_cache=kv_cache, **recorded)[0]
+            return self.llama.head(x)
 
     @torch.no_grad()
     def score(self, answers, input_ids, pixel_values=None, attention_mask=None):
@@ -368,6 +386,8 @@ class Llava(nn.Module):
         """
         if type(n) is not int or n < 1:
             raise ValueError(f"the vocabulary cannot have {n!r} rows: give a whole number of at least 1")
+        if isinstance(self.llama.head, llama.QuantizedLinear):
+            raise ValueError("a quantised model cannot be resized: load it without quantize")
 
         def resized(weight):
             rows, new = weight.float(), max(0, n - len(weight))
@@ -520,32 +540,103 @@ class Processor:
 # From a folder or the Hub, and back
 
 
-def load(model, *, device="auto", dtype="auto", revision=None):
+def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, revision=None):
     """A checkpoint → (Llava, Processor).
 
     model: a folder, "tiny", or a Hub id, which is downloaded once. device: "auto", "cpu", "cuda", "cuda:1", "mps".
     dtype: a torch dtype, its name, or "auto": on a GPU what the checkpoint is stored in, on a CPU what is fastest there.
+    quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step. In a
+    process group of torch.distributed each process gets its part of the language model.
     Raises ValueError or OSError with a finished sentence; nothing is read before everything is checked.
     """
     device = pick_device(device)
     dtype = dtype if dtype == "auto" else pick_dtype(dtype)
+    if compile:
+        check_compiler(device)
     folder = weights.find(model, revision)
     config, preprocess_config = weights.read_config(folder, LlavaConfig, vision.PreprocessConfig)
-    processor = Processor(llama.Tokenizer(folder / "tokenizer.json"), preprocess_config, config)
+    processor = Processor(llama.Tokenizer(weights.small_file(folder / "tokenizer.json")), preprocess_config, config)
     with torch.device("meta"):
         llava = Llava(config).eval()
     found = weights.scan(llava, folder)
     if dtype == "auto":
-        dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava))
+        dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava), quantize)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if quantize or compile:
+            raise ValueError("a model that is split over several processes is neither quantised nor compiled: leave these out")
+        llama.split(llava.llama, device)
+    if quantize is not None:
+        llama.quantize_layers(llava.llama, quantize, dtype)
     check_memory(llava, device, dtype)
     weights.read(llava, found, dtype, device)
+    if compile:
+        llava.step = RecordedStep(llava)
     return llava, processor
+
+
+class RecordedStep:
+    """Llava.step, recorded once and played again for each token: what load(compile=True) puts in its place.
+
+    A recording fits one shape. So a step looks at a window of the cache that grows by 256 positions at a time, of which the
+    mask hides those that are not filled yet. On a CPU torch.compile fuses what stands between the matrix products (it needs
+    a C++ compiler); on a GPU a CUDA graph starts all kernels of a step at once, instead of one by one.
+    """
+
+    WINDOW = 256
+
+    def __init__(self, model):
+        self.plain, self.llama = model.step, model.llama
+        if model.device.type == "cpu":
+            blocks = [torch.compile(block, dynamic=False) for block in model.llama.blocks]  # all alike: compiled once
+            self.run = partial(model.llama.run, blocks=blocks)
+        else:
+            self.run = CudaGraph(model.llama.run)
+
+    def __call__(self, ids, attention_mask, kv_cache):
+        needed, capacity = llama.length(kv_cache) + 1, kv_cache["real"].shape[1]
+        end = min(capacity, -(-needed // self.WINDOW) * self.WINDOW)
+        return self.plain(ids, attention_mask, kv_cache, end=end, run=self.run)
+
+
+class CudaGraph:
+    """A function of tensors whose kernels are recorded at the first call for each shape (and each cache), and then replayed."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, x, cos, sin, mask, where, cached, *options):
+        inputs = (x, cos, sin, mask, where)
+        key = (mask.shape, *(tensor.data_ptr() for pair in cached for tensor in pair))
+        if key not in self.recorded:
+            if any(key[1:] != other[1:] for other in self.recorded):
+                self.recorded.clear()  # another cache: the old graphs hold memory that nobody will use again
+            held = [tensor.clone() for tensor in inputs]
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # a first run outside the recording lets libraries set themselves up
+                self.function(*held, cached, *options)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = self.function(*held, cached, *options)
+            self.recorded[key] = graph, held, out
+        graph, held, out = self.recorded[key]
+        for old, new in zip(held, inputs, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return out
+
+
+def check_compiler(device):
+    """torch.compile writes C++ for a CPU."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name):
+        raise ValueError("compile needs a C++ compiler on a CPU, and there is none: install g++ or leave it out")
 
 
 def save(model, processor, folder):
     """Write a checkpoint in the published layout, which load and transformers read."""
-    weights.write(model, Path(folder), weights.json_files(model.config, processor.preprocess_config, model.dtype))
-    processor.tokenizer.bpe.save(str(Path(folder) / "tokenizer.json"))
+    configs = weights.json_files(model.config, processor.preprocess_config, model.dtype)
+    weights.write(model, Path(folder), configs, processor.tokenizer.bpe.to_str(pretty=True))
 
 
 def pick_device(name):
@@ -571,20 +662,22 @@ def pick_dtype(dtype):
     return known[name]
 
 
-def fastest_dtype(model, device, stored):
+def fastest_dtype(model, device, stored, quantize=None):
     """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
     reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed.
+    The kernels of quantised weights take bfloat16 alone.
     """
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
     large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
-    return torch.bfloat16 if large and native and stored.itemsize == 2 else torch.float32
+    return torch.bfloat16 if large and (quantize or (native and stored.itemsize == 2)) else torch.float32
 
 
 def check_memory(model, device, dtype):
     """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
-    needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
+    needed = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in model.parameters()) * dtype.itemsize
+    needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised layers
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and hasattr(os, "sysconf"):
@@ -594,7 +687,7 @@ def check_memory(model, device, dtype):
     if needed > there:
         raise ValueError(
             f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
-            f"{there / 1e9:.1f} GB: try a smaller dtype, another device or --model tiny"
+            f"{there / 1e9:.1f} GB: try a smaller dtype, --quantize int4, another device or --model tiny"
         )
 
 
@@ -618,6 +711,8 @@ def parse(arguments):
     add("--revision", metavar="REV", help="a branch, tag or commit of the Hub's repository")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    add("--quantize", choices=["int8", "int4"], help="keep the language model's matrices in fewer bits: smaller and faster")
+    add("--compile", action="store_true", help="record the decode step (on a CPU this needs a C++ compiler)")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="the answer's longest length (default: %(default)s)")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0: sample; 0: the likeliest word each time (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that together reach P")
@@ -645,6 +740,9 @@ def readable(argument):
 def main(arguments=None):
     """Run the command line; returns the exit status."""
     warnings.showwarning = lambda message, *_, **__: notice(message)
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its notes on damaged files would go to stderr
+    sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it is closed, as by `<&-`
+    sys.stderr = sys.stderr or io.StringIO()  # or what is meant for it would go to stdout
     for stream in (sys.stdin, sys.stdout):  # one broken letter, or one that the terminal does not have, is no reason to stop
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -657,17 +755,36 @@ def main(arguments=None):
         return 130
     except (ValueError, OSError) as error:  # the finished sentences that are raised throughout
         return fail(error)
-    except torch.OutOfMemoryError:
-        return fail("the device has too little memory: try a smaller dtype, or --device cpu")
+    except (RuntimeError, MemoryError) as error:
+        return fail(lack(error))
+
+
+def lack(error):
+    """What the machine lacks, as a sentence. Raises the error again if it is another: then it is our mistake."""
+    text = str(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate memory" in text:
+        return "there is too little memory: try --quantize int4, fewer or smaller pictures, another device or --model tiny"
+    if "CUDA error" in text and "assert" not in text:  # an assertion is about a number of ours
+        return f"the device failed ({text.splitlines()[0]}): start again, or try --device cpu"
+    raise error
 
 
 def notice(message):
-    print(f"notice: {message}", file=sys.stderr)
+    print("notice:", line(message), file=sys.stderr)
 
 
 def fail(message):
-    print("error:", str(message).replace("\n", " "), file=sys.stderr)
+    print("error:", line(message), file=sys.stderr)
     return 2
+
+
+def line(message):
+    """As one line of at most 1000 characters, none of which a terminal obeys: names and fields may come from anywhere."""
+    text = str(message)
+    if getattr(message, "strerror", None):  # the system's own
+        text = ": ".join(str(part) for part in (message.filename, message.strerror) if part)
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= 1000 else f"{text[:500]} … {text[-495:]}"
 
 
 def run(options):
@@ -678,8 +795,11 @@ def run(options):
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
     explain = lazy_explain(options) if options.trace or options.explain is not None else None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        join(options)
     images = [] if options.each else [open_named(name) for name in options.image]
-    model, processor = load(options.model, device=options.device, dtype=options.dtype, revision=options.revision)
+    settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
+    model, processor = load(options.model, **settings, revision=options.revision)
     if model.config.description:
         notice(model.config.description)
     if options.chat:
@@ -703,6 +823,23 @@ def lazy_explain(options):
 
     explain.check(options)
     return explain
+
+
+def join(options):
+    """Under torchrun: enter the group, and leave the talking to the first process."""
+    if options.chat or "-" in options.image:
+        raise ValueError("several processes cannot share one standard input: leave out --chat and --image -")
+    device, rank = pick_device(options.device), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        options.device = f"cuda:{rank}"
+        torch.cuda.set_device(pick_device(options.device))
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
+    seed = [options.seed if options.seed is not None else torch.seed() % 2**63]
+    torch.distributed.broadcast_object_list(seed)  # all of them must draw the same
+    options.seed = seed[0]
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
 
 
 def open_named(name):
@@ -757,9 +894,8 @@ def check_prompt(model, processor, options, pieces, inputs, past=0):
     """Where a prompt ends, behind `past` positions. Refuses what is too long; prints it to stderr if that is asked for."""
     new = model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
     if past + new > context(model):
-        raise ValueError(
-            f"text and pictures take {past + new} positions, and the model has {context(model)}: ask for less at once"
-        )
+        hint = f"{past} hold what was said so far: ask for less, or start a new conversation" if past else "ask for less at once"
+        raise ValueError(f"text and pictures take {past + new} positions, and the model has {context(model)}: {hint}")
     if options.show_prompt:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
         print(f"prompt: {processor.written(pieces)!r}\nids: {inputs['input_ids'][0].tolist()}", file=sys.stderr)
@@ -837,15 +973,18 @@ class Cost:
         image = f"image {1000 * (marks['prefill'] - marks['image']):.0f} ms, " if "image" in marks else ""
         prefill = f"prefill {1000 * (marks['first'] - marks['prefill']):.0f} ms, "
         speed = f"{tokens} tokens, {(tokens - 1) / (marks['end'] - marks['first']):.1f} tokens/s, "
-        return f"{image}{prefill}{speed}peak memory {peak_memory(self.device) / 1e9:.2f} GB"
+        peak = peak_memory(self.device)
+        return f"{image}{prefill}{speed}peak memory " + (f"{peak / 1e9:.2f} GB" if peak else "unknown")
 
 
 def peak_memory(device):
-    """The most memory that was used so far, in bytes: of the GPU, or else of this process."""
+    """The most memory that was used so far, in bytes: of the GPU, or else of this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -873,6 +1012,9 @@ def chat(model, processor, images, options):
             pass
         except ValueError as error:
             fail(error)
+            if images:  # or they would be refused with each question from here on
+                notice("the pictures that waited for this question are let go: /image FILE gives one again")
+                images = []
         print(flush=True)
         if talk.ids is before:  # nothing was answered: as if it had not been asked
             talk.kv_cache["length"].fill_(past)
@@ -886,8 +1028,8 @@ def read_line():
     while True:
         try:
             if sys.stdin.isatty() and sys.stdout.isatty():
-                import readline  # noqa: F401 (input() edits lines once it is there)
-
+                with contextlib.suppress(ImportError):  # Windows edits lines by itself
+                    import readline  # noqa: F401 (input() edits lines once it is there)
                 words = input("> ")
             else:
                 words = input()
@@ -901,4 +1043,7 @@ def read_line():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave = signal.signal(signal.SIGINT, usual)
+    status = main()
+    signal.signal(signal.SIGINT, leave)
+    sys.exit(status)

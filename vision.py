@@ -19,6 +19,8 @@ its own place, while the last block serves CLIP's own aim, one vector for the wh
 Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 
+import contextlib
+import io
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # what cameras, phones and screens write
 MAX_PIXELS = 89_478_485  # Pillow's own limit: beyond it a small file may be a bomb that unpacks to gigabytes
+MAX_BYTES = 8 * MAX_PIXELS  # what four channels of 16 bits take: no more than that is read from a pipe, which may never end
 
 
 def open_image(file):
@@ -51,9 +54,12 @@ def open_image(file):
     if name.lower().startswith(("http://", "https://")):
         raise ValueError(f"{name} is an address; pictures are read from files: download it first")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as opened:
             warnings.simplefilter("ignore")  # Pillow's own: what matters of them is said below
-            with Image.open(file, formats=FORMATS) as image:
+            stream = file if hasattr(file, "read") else opened.enter_context(open(file, "rb"))
+            if not stream.seekable():
+                stream = io.BytesIO(stream.read(MAX_BYTES))
+            with Image.open(stream, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:  # so says the header; nothing is unpacked yet
                     raise Image.DecompressionBombError
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO's others are previews
@@ -65,6 +71,8 @@ def open_image(file):
         raise ValueError(f"{name} has over {MAX_PIXELS:,} pixels: shrink it first") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
+    except MemoryError:  # says nothing about the file
+        raise
     except Exception:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
         raise ValueError(f"{name} cannot be read as a picture: the file is damaged, cut short or not readable") from None
     if frames > 1:
@@ -80,9 +88,10 @@ def to_rgb(image):
     """
     clear = image.info.get("transparency")
     if image.mode[0] in "IF":
-        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if image.mode.startswith("I;16") or grey.max(initial=0) > 255:
-            grey = np.where(grey == clear, 65535, grey)  # of a grey picture, one value is the transparent one
+            if clear is not None:  # of a grey picture, one value is the transparent one
+                grey[grey == clear] = 65535
             return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or clear is not None:
         image = image.convert("RGBA")

@@ -15,6 +15,7 @@ import json
 import re
 import types
 import typing
+import warnings
 from pathlib import Path
 
 import torch
@@ -215,19 +216,30 @@ def shards(folder):
         # the index comes from outside: a name with a path in it would make us open any file of this machine
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
             raise ValueError(f"{folder / INDEX}: weight_map names {name!r}, which is not the bare name of a .safetensors file")
-    return [folder / name for name in sorted(set(weight_map.values()))]
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    here = folder.resolve()
+    for file in files:  # nor may a link lead elsewhere, except to where the Hub's cache keeps what its snapshots link to
+        if file.resolve().parent not in (here, here.parent.parent / "blobs"):
+            raise ValueError(f"{folder / INDEX}: {file.name} is a link out of the folder: put the file itself there")
+    return files
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Configs
 
 
-def read_json(file):
-    """A JSON file that holds an object → dict. Raises OSError or ValueError with a finished sentence."""
-    if not file.exists():
+def small_file(file):
+    """The same path, if a file is there that can be read as a whole. Raises OSError or ValueError with a finished sentence."""
+    if not file.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{file.parent} holds no {file.name}")
     if file.stat().st_size > 50e6:
-        raise ValueError(f"{file} is too large to be a config")
+        raise ValueError(f"{file} is too large for what it should hold")
+    return file
+
+
+def read_json(file):
+    """A JSON file that holds an object → dict. Raises OSError or ValueError with a finished sentence."""
+    small_file(file)
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of its syntax, its UTF-8, a number of thousands of digits, its depth
@@ -283,13 +295,14 @@ def checked(value, expected, where):
     if type(value) not in options:
         raise ValueError(f"{where} is {value!r}, of the wrong type")
     few = ("heads", "channels", "_dim", "image_size", "patch_size")
-    limit = 1024 if where.endswith("layers") else 4096 if where.endswith(few) else 2**24
+    limit = 256 if where.endswith("layers") else 4096 if where.endswith(few) else 2**24
     if type(value) in (int, float) and not -limit <= value <= limit:
         raise ValueError(f"{where} is {value!r}, out of range")
     positive = ("size", "layers", "heads", "channels", "_dim", "embeddings", "window", "_eps", "_theta", "_factor")
     if type(value) in (int, float) and value <= 0 and where.endswith(positive):
         raise ValueError(f"{where} is {value!r}, and must be above 0")
-    if type(value) is list and not (value and all(type(item) in (int, float) for item in value)):
+    numbers = (int,) if where.endswith(("_layer", "_id")) else (int, float)
+    if type(value) is list and not (value and all(type(item) in numbers and -limit <= item <= limit for item in value)):
         raise ValueError(f"{where} is {value!r}, and must be a list of numbers")
     if type(value) is dict and not all(type(item) is int and 0 < item <= 4096 for item in value.values()):
         raise ValueError(f"{where} is {value!r}, and must hold numbers of pixels")
@@ -334,7 +347,7 @@ def read_config(folder, llava_config, preprocess_config):
     if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise ValueError(f"{where}: vision_config.model_type is {tower['model_type']!r}; clip_vision_model is supported")
     rope = section(text, "rope_scaling", where) | section(text, "rope_parameters", where)  # its old and its new name
-    if rope.pop("rope_type", rope.pop("type", "default")) != "default":
+    if [rope.pop("rope_type", "default"), rope.pop("type", "default")] != ["default"] * 2:
         raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
     if kind == "mistral":
         text = MISTRAL | text
@@ -347,6 +360,8 @@ def read_config(folder, llava_config, preprocess_config):
     if (folder / "generation_config.json").exists():  # it has the last word on where an answer ends
         generation = read_json(folder / "generation_config.json")
         values |= {name: generation[name] for name in ("eos_token_id", "pad_token_id") if generation.get(name) is not None}
+    if tower.image_size < tower.patch_size:
+        raise ValueError(f"{where}: vision_config: image_size is smaller than patch_size")
     if tower.hidden_size % tower.num_attention_heads:
         raise ValueError(f"{where}: vision_config: hidden_size is not a multiple of num_attention_heads")
     if text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
@@ -382,6 +397,8 @@ def read_preprocess_config(folder, preprocess_config, image_size):
     values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
     values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop
     config = fill(preprocess_config, values, where, **STEPS)
+    if not len(config.image_mean) == len(config.image_std) == 3 or min(config.image_std) <= 0 or config.resample not in range(6):
+        raise ValueError(f"{where}: image_mean and image_std must have 3 numbers, the latter above 0, and resample be 0 to 5")
     if set(config.size) != {"shortest_edge"} or config.crop_size != {"height": image_size, "width": image_size}:
         raise ValueError(
             f"{where}: size {config.size} and crop_size {config.crop_size} are not supported: the picture's shortest_edge "
@@ -415,9 +432,11 @@ def scan(model, folder):
     is unknown, missing, repeated, of another shape, or not of floating-point numbers.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = model.llama.head.weight is model.llama.embed.weight
+    tied = is_tied(model)
     found = {}
     for file in shards(folder):
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise ValueError(f"{file} is a folder or a pipe, and should be a file")
         try:
             with safe_open(file, framework="pt") as header:
                 slices = {name: header.get_slice(name) for name in header.keys()}  # noqa: SIM118
@@ -470,19 +489,50 @@ def main_dtype(found, model):
 
 def read(model, found, dtype, device):
     """Put the numbers that scan found into a model on the meta device, one tensor at a time, cast to dtype on the device."""
-    state = {}
-    for ours in progress(found, sum(tensor.numel() for tensor in model.state_dict().values())):
+    state, expected = {}, model.state_dict()
+    for ours in progress(found, sum(tensor.numel() for tensor in expected.values())):
         file, name, _ = found[ours]
         # Opened anew each time, as a file's pages stay in memory while it is open; and copied, so that nothing refers to it.
         with safe_open(file, framework="pt") as tensors:
-            state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)
-    tied = model.llama.head.weight is model.llama.embed.weight
+            numbers = read_part(tensors, name, expected.get(ours))
+            layer = model.get_submodule(ours.rpartition(".")[0])
+            if hasattr(layer, "quantize_"):
+                layer.quantize_(numbers, device)
+            else:
+                numbers = numbers.to(device, dtype, copy=True)
+                state[ours] = as_part(numbers, expected[ours])
+            if not (numbers.sum().isfinite() or numbers.isfinite().all()):  # the sum is fast, and may itself overflow
+                warnings.warn(f"{file}: the tensor {name} holds numbers that are not finite in {numbers.dtype}", stacklevel=2)
+    tied = is_tied(model)
     if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
         file, name, _ = found["llama.head.weight"]
         raise ValueError(f"{file}: tie_word_embeddings is true, but {name} differs from the embedding")
+    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # of quantised layers
     model.load_state_dict(state, assign=True)
     if tied:  # assign makes two parameters of them
         model.llama.head.weight = model.llama.embed.weight
+
+
+def read_part(tensors, name, parameter):
+    """A tensor of an open file; of a parameter that is split over several processes, only this one's rows or columns."""
+    if not hasattr(parameter, "placements"):
+        return tensors.get_tensor(name)
+    dim, mesh = parameter.placements[0].dim, parameter.device_mesh
+    size = parameter.shape[dim] // mesh.size()
+    own = slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size)
+    return tensors.get_slice(name)[(slice(None),) * dim + (own,)]
+
+
+def as_part(numbers, parameter):
+    """What read_part gave, in the form in which the parameter is split, if it is."""
+    if not hasattr(parameter, "placements"):
+        return numbers
+    return type(parameter).from_local(numbers, parameter.device_mesh, parameter.placements)
+
+
+def is_tied(model):
+    """Whether the head is the embedding; a quantised one is a copy of it."""
+    return getattr(model.llama.head, "weight", None) is model.llama.embed.weight
 
 
 def progress(names, parameters):
@@ -498,14 +548,17 @@ def progress(names, parameters):
 # Writing
 
 
-def write(model, folder, configs, shard_size=5_000_000_000):
-    """The published layout: the tensors under the published names in files of at most shard_size bytes, and the configs.
+def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
+    """The published layout: the tensors under the published names in files of at most shard_size bytes, and the rest.
 
-    configs: {file name: JSON object}. What another checkpoint left in the folder is removed last of all.
+    configs: {file name: JSON object}. tokenizer: the text of tokenizer.json. What another checkpoint left in the folder is
+    removed last of all.
     """
+    if list(model.buffers()):
+        raise ValueError("a quantised model cannot be saved: the published layout has no place for it")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {translate(name, THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if model.llama.head.weight is model.llama.embed.weight:
+    if is_tied(model):
         del tensors["language_model.lm_head.weight"]
     parts, room = [], 0
     for name, tensor in tensors.items():
@@ -515,16 +568,24 @@ def write(model, folder, configs, shard_size=5_000_000_000):
         parts[-1][name] = tensor
         room -= tensor.nbytes
     files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)] if len(parts) > 1 else [SINGLE]
-    for file, part in zip(files, parts, strict=True):
-        save_file(part, folder / f"{file}.new", metadata={"format": "pt"})
-    for file in files:
-        (folder / f"{file}.new").replace(folder / file)
     if len(parts) > 1:
         weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         size = sum(tensor.nbytes for tensor in tensors.values())
         configs = {**configs, INDEX: {"metadata": {"total_size": size}, "weight_map": weight_map}}
-    for file, values in configs.items():
-        (folder / file).write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    texts = {file: json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n" for file, values in configs.items()}
+    texts["tokenizer.json"] = tokenizer
+    try:
+        for file, part in zip(files, parts, strict=True):
+            save_file(part, folder / f"{file}.new", metadata={"format": "pt"})
+        for file, text in texts.items():
+            (folder / f"{file}.new").write_text(text, encoding="utf-8")
+        for file in (*files, *texts):  # only now that all is written: a disk that is full leaves the old checkpoint as it was
+            (folder / f"{file}.new").replace(folder / file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder} cannot be written: {error}") from None
+    finally:
+        for file in (*files, *texts):
+            (folder / f"{file}.new").unlink(missing_ok=True)
     for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        if stale.name not in files and stale.name not in configs:
+        if stale.name not in files and stale.name not in texts:
             stale.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import base64
 import html
 import io
 import json
+import os
 import sys
 import time
 import zlib
@@ -41,6 +42,8 @@ def check(options):
     """Refuse what cannot be shown, before anything is loaded."""
     if options.chat or options.each or options.choices or options.num_beams > 1:
         raise ValueError("--trace and --explain look into a single answer: leave out --chat, --each, --choices and --num-beams")
+    if options.compile or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--trace and --explain listen to each module of one process: leave out --compile, and torchrun")
     if options.explain is not None:
         page = Path(options.explain)
         if page.is_dir() or not page.parent.is_dir():
@@ -82,11 +85,12 @@ class Record:
         self.heard = lens.hear(model, self.note)
 
     def __enter__(self):
-        self.hooks = [
-            self.model.register_forward_pre_hook(self.before, with_kwargs=True),
-            self.model.register_forward_hook(self.after, with_kwargs=True),
-        ]
         self.heard.__enter__()
+        self.hooks = [
+            self.model.register_forward_pre_hook(self.first, with_kwargs=True),
+            self.model.llama.register_forward_pre_hook(self.before),
+            self.model.llama.head.register_forward_hook(self.after),
+        ]
         self.last = time.perf_counter()
         return self
 
@@ -106,18 +110,21 @@ class Record:
         if not self.steps and name[-1] not in "qkv":
             self.stages.append(Stage(name, tuple(tensor.shape), written_dtype(tensor), self.lap(), tensor.nbytes))
 
-    def before(self, model, args, kwargs):
-        self.began = self.last
-        if self.ids is None:  # llava.Llava.steps gives ids and pixels by position
-            self.ids, self.kv_cache = model.expanded(*args[:2])[0], kwargs["kv_cache"]
-            self.note("ids", self.ids)
-            if args[1] is not None:
-                self.note("pixels", args[1])
+    def first(self, model, args, kwargs):
+        """The pass over the prompt, whose ids and pixels llava.Llava.steps gives by position."""
+        self.ids, self.kv_cache = model.expanded(*args[:2])[0], kwargs["kv_cache"]
+        self.note("ids", self.ids)
+        if args[1] is not None:
+            self.note("pixels", args[1])
 
-    def after(self, model, args, kwargs, out):
+    def before(self, module, args):
+        self.lap()
+        self.began = self.last
+
+    def after(self, module, args, logits):
         self.lap()
         self.steps.append(1000 * (self.last - self.began))
-        self.logits.append(out.logits[0, -1].float().cpu())
+        self.logits.append(logits[0, -1].float().cpu())
 
 
 def written_dtype(tensor):

@@ -5,17 +5,18 @@
     python tests/mutations.py cls pad         those whose names contain one of the words
 
 Most are bugs that real LLaVA ports had and nobody noticed, as their answers stayed plausible. Each is a change of a line in
-one of the modules. The tests named beside it are run first; if they let it pass, so must the whole suite before it is called a
-survivor. Everything heavy is imported once, and each bug gets a copy of the repository and a fork of this process.
+one of the modules. The test files named beside it must catch it. Everything heavy is imported once, and each bug gets a copy of
+the repository and a fork of this process.
 """
 
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,8 +209,8 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T16 a chunk with a past is masked as if it had none",
         "llama.py",
-        "query = key[S - new :, None]",
-        "query = key[:new, None]",
+        "query = where[:, None]",
+        "query = (where - where[0])[:, None]",
         "test_cache.py",
     ),
     (
@@ -273,8 +274,8 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T22 the projector stays random",
         "weights.py",
-        "state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)",
-        'state[ours] = tensors.get_tensor(name).to(device, dtype, copy=True)\n            if ours.startswith("projector"):\n                torch.nn.init.normal_(state[ours], std=0.02)',
+        "state[ours] = as_part(numbers, expected[ours])",
+        'state[ours] = as_part(numbers, expected[ours])\n                if ours.startswith("projector"):\n                    torch.nn.init.normal_(state[ours], std=0.02)',
         "test_weights.py",
     ),
     (
@@ -417,11 +418,131 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
         "test_training.py",
     ),
     (
+        "eight bits without their scale",
+        "llama.py",
+        "self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)",
+        "self.q[start:end].to(x.dtype)) * self.scale.mean().to(x.dtype)",
+        "test_fast.py",
+    ),
+    ("the halves of a byte change places", "llama.py", "first | second << 4", "second | first << 4", "test_fast.py"),
+    (
+        "four bits round down",
+        "llama.py",
+        "at_least_tiny(scale)).round().add(8)",
+        "at_least_tiny(scale)).floor().add(8)",
+        "test_fast.py",
+    ),
+    (
+        "a recorded step grows with the cache",
+        "llava.py",
+        "-(-needed // self.WINDOW) * self.WINDOW",
+        "needed",
+        "test_fast.py",
+    ),
+    (
+        "a recorded step sees what is not filled yet",
+        "llama.py",
+        "where = torch.arange(past, past + T, device=x.device)  # (T)",
+        "where = torch.arange(S - T, S, device=x.device)  # (T)",
+        "test_fast.py",
+    ),
+    (
+        "every process reads the first rows",
+        "weights.py",
+        "own = slice(mesh.get_local_rank() * size, (mesh.get_local_rank() + 1) * size)",
+        "own = slice(0, size)",
+        "test_split.py",
+    ),
+    (
         "the projector is wired to one layer of several",
         "llava.py",
         "states = self.vision(pixel_values.to(self.device), layers)",
         "states = self.vision(pixel_values.to(self.device), layers[:1] * len(layers))",
         "test_forward.py",
+    ),
+    (
+        "an index may link to any file",
+        "weights.py",
+        'if file.resolve().parent not in (here, here.parent.parent / "blobs"):',
+        "if file.parent.resolve() != here:",
+        "test_weights.py",
+    ),
+    (
+        "the links of the Hub's cache are refused",
+        "weights.py",
+        'if file.resolve().parent not in (here, here.parent.parent / "blobs"):',
+        "if file.resolve().parent != here:",
+        "test_weights.py",
+    ),
+    (
+        "a sum that overflows is called not finite",
+        "weights.py",
+        "if not (state[ours].sum().isfinite() or state[ours].isfinite().all()):",
+        "if not state[ours].sum().isfinite():",
+        "test_weights.py",
+    ),
+    (
+        "numbers of a list have no bounds",
+        "weights.py",
+        "all(type(item) in numbers and -limit <= item <= limit for item in value)",
+        "all(type(item) in numbers for item in value)",
+        "test_weights.py",
+    ),
+    (
+        "saving that fails leaves half a checkpoint beside the old one",
+        "weights.py",
+        '(folder / f"{file}.new").unlink(missing_ok=True)',
+        '(folder / f"{file}.new").exists()',
+        "test_weights.py",
+    ),
+    (
+        "configs are written over the old ones at once",
+        "weights.py",
+        '(folder / f"{file}.new").write_text(text, encoding="utf-8")',
+        '[(folder / f"{file}{end}").write_text(text, encoding="utf-8") for end in ("", ".new")]',
+        "test_weights.py",
+    ),
+    (
+        "a tokenizer is tried on a letter that every vocabulary has",
+        "llama.py",
+        'self.encode("\\U0010ffff")',
+        'self.encode("a")',
+        "test_text.py",
+    ),
+    (
+        "the transparent grey of a 16-bit picture is black",
+        "vision.py",
+        "grey[grey == clear] = 65535",
+        "grey[grey == clear] = 0",
+        "test_pictures.py",
+    ),
+    (
+        "a picture that waits is refused for ever",
+        "llava.py",
+        "if images:  # or they would be refused",
+        "if not images:  # or they would be refused",
+        "test_chat.py",
+    ),
+    (
+        "messages speak to the terminal",
+        "llava.py",
+        'letter if letter.isprintable() else " "',
+        'letter if letter != "\\n" else " "',
+        "test_cli.py",
+    ),
+    (
+        "every failure on a device is the machine's",
+        "llava.py",
+        'if "CUDA error" in text and "assert" not in text:',
+        'if "CUDA error" in text:',
+        "test_cli.py",
+    ),
+    (
+        "notices go to stdout where stderr is closed",
+        "llava.py",
+        "sys.stderr = sys.stderr or io.StringIO()",
+        "sys.stderr = sys.stderr or None",
+        "test_hostile_cli.py",
     ),
 ]
 # fmt: on
@@ -439,53 +560,76 @@ def plant(folder, file, right, wrong):
     (folder / file).write_text(source)
 
 
-def first_failure(folder, tests):
-    """Run tests in a fork, in the given repository, until the first fails → its name, or None."""
-    result, broken = folder / "caught", folder / "broken"
+def start(folder, tests):
+    """Run tests in a fork, in the given repository, until the first fails → the fork's process id."""
     child = os.fork()
-    if child == 0:
+    if child:
+        return child
+    status = 70  # of a fork that never came to its tests
+    try:
         os.setsid()
-        with contextlib.suppress(BaseException), open(folder / "out", "w") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-            os.chdir(folder)
-            sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not path.startswith(str(ROOT))]]
-            import pytest
+        out = os.open(folder / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.chdir(folder)
+        for name, module in list(sys.modules.items()):  # what came from here must come from there
+            if name != "__main__" and (getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}"):
+                del sys.modules[name]
+        sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not path.startswith(str(ROOT))]]
+        import pytest
 
-            class Note:
-                def pytest_runtest_logreport(self, report):
-                    if report.failed:
-                        result.write_text(report.nodeid)
+        class Note:
+            def pytest_runtest_logreport(self, report):
+                if report.failed:
+                    (folder / "caught").write_text(report.nodeid)
 
-                def pytest_collectreport(self, report):
-                    if report.failed:
-                        broken.write_text(report.longreprtext)
-
-            arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
-            pytest.main(arguments, plugins=[Note()])
-        os._exit(0)
-    limit = time.monotonic() + 600
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
-        if time.monotonic() > limit:
-            os.killpg(child, 9)
-            os.waitpid(child, 0)
-            raise SystemExit(f"{' '.join(tests)} did not end")
-        time.sleep(0.05)
-    if broken.exists() or not (folder / "out").read_text().strip():
-        raise SystemExit(f"the tests did not run: {(broken if broken.exists() else folder / 'out').read_text()}")
-    return result.read_text() if result.exists() else None
+        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[Note()]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
-def try_one(mutation):
-    """Plant one bug → (its name, the test that caught it or None, seconds)."""
-    name, file, right, wrong, tests = mutation
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        plant(Path(folder), file, right, wrong)
-        caught = first_failure(Path(folder), [f"tests/{test}" for test in tests.split()]) or first_failure(
-            Path(folder), ["tests"]
-        )
-    return name, caught, time.monotonic() - start
+def verdict(folder, status):
+    """How a fork ended → the name of the test that failed, None if all passed. Anything else is no verdict, and stops us."""
+    code = os.waitstatus_to_exitcode(status)
+    if code == 1 and (folder / "caught").exists():
+        return (folder / "caught").read_text()
+    if code != 0:
+        raise SystemExit(f"the tests did not run (exit status {code}):\n{(folder / 'out').read_text()}")
+    return None
+
+
+def try_all(mutations, jobs, limit=600):
+    """Plant each bug and run the tests beside it; yields (name, the test that failed or None, seconds).
+
+    Forks from this one thread only: a fork of a process with several may find a lock that nobody is left to open.
+    """
+    waiting, running = list(reversed(mutations)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                mutation = waiting.pop()
+                folder = tempfile.TemporaryDirectory()
+                plant(Path(folder.name), *mutation[1:4])
+                tests = [f"tests/{test}" for test in mutation[4].split()]
+                running[start(Path(folder.name), tests)] = mutation[0], folder, time.monotonic()
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if not child:
+                time.sleep(0.02)
+                if any(time.monotonic() - began > limit for _, _, began in running.values()):
+                    raise SystemExit(f"the tests did not end within {limit} s")
+                continue
+            name, folder, began = running.pop(child)
+            caught = verdict(Path(folder.name), status)
+            folder.cleanup()
+            yield name, caught, time.monotonic() - began
+    finally:
+        for child in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)
 
 
 def main(words):
@@ -500,12 +644,11 @@ def main(words):
         if source.count(right) != 1 or right == wrong:
             print(f"{file} holds {source.count(right)} times, not once: {right}", file=sys.stderr)
             return 2
-    start, survivors = time.monotonic(), []
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2))) as pool:
-        for name, caught, seconds in pool.map(try_one, chosen):
-            print(f"{name:<64} {caught or 'SURVIVED'}  ({seconds:.0f} s)", flush=True)
-            survivors += [] if caught else [name]
-    print(f"{len(chosen)} bugs, {len(survivors)} survived, {time.monotonic() - start:.0f} s")
+    began, survivors = time.monotonic(), []
+    for name, caught, seconds in try_all(chosen, jobs=os.cpu_count() or 2):
+        print(f"{name:<64} {caught or 'SURVIVED'}  ({seconds:.0f} s)", flush=True)
+        survivors += [] if caught else [name]
+    print(f"{len(chosen)} bugs, {len(survivors)} survived, {time.monotonic() - began:.0f} s")
     return int(bool(survivors))
 
 

@@ -396,6 +396,34 @@ def test_a_talk_that_has_filled_the_context(talk, talker, log, family, monkeypat
     assert found.out == processor.decode(log.answers[0]) + "\n\n\n\n"
 
 
+def test_a_waiting_picture_that_does_not_fit_is_let_go_and_said_so(talk, talker, log, family, pictures, monkeypatch):
+    """Or it would be refused again with each question from there on. What fits without it is answered."""
+    monkeypatch.setattr(llava, "context", lambda model: 96)
+    typed = [ASKED[0], *[f"/image {pictures[1]}"] * 5, ASKED[1], ASKED[2], f"/image {pictures[2]}", "And here?"]
+    found = talk(typed, "--image", pictures[0], "--max-new-tokens", 4)
+    answers = [ids[:] for ids in log.answers]
+    assert found.status == 0 and len(found.errors) == 1 and len(answers) == 3
+    past = re.fullmatch(r"error: text and pictures take \d+ positions, and the model has 96: (\d+) hold what was said so far: .*",
+                        found.errors[0])[1]  # fmt: skip
+    assert int(past) > FEATURES
+    assert re.findall("^notice: (.*let go.*)$", found.err, re.M) == [
+        "the pictures that waited for this question are let go: /image FILE gives one again"
+    ]
+    turns = [(1, ASKED[0]), (0, ASKED[2]), (1, "And here?")]
+    for i in range(3):
+        images = [pictures[0], pictures[2]][: 1 + (i == 2)]
+        assert answers[i] == cold(talker, form(family, turns[: i + 1], answers[:i]), images, max_new_tokens=4)
+
+
+def test_a_conversation_knows_nothing_of_the_one_before(talk, log, pictures):
+    """One, another, and the first again, with pictures and stopped by an error in between: the same answers."""
+    first, other, again = (
+        talk([*questions, "word " * 600], "--image", pictures[number], "--max-new-tokens", 6).out
+        for questions, number in [(ASKED, 0), (ASKED[::-1], 1), (ASKED, 0)]
+    )
+    assert first == again != other
+
+
 VOID = 3  # a byte's token, which these models never say
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -276,7 +276,8 @@ def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
 def test_defaults():
     assert vars(llava.parse([])) == {
         "image": [], "prompt": "Describe the image.", "model": "llava-hf/llava-1.5-7b-hf", "revision": None, "device": "auto",
-        "dtype": "auto", "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0, "top_k": None, "num_beams": 1, "seed": None,
+        "dtype": "auto", "quantize": None, "compile": False, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0,
+        "top_k": None, "num_beams": 1, "seed": None,
         "pad": None, "system": None, "show_prompt": False, "trace": False, "explain": None, "chat": False, "each": False,
         "choices": None,
     }  # fmt: skip
@@ -290,10 +291,10 @@ def test_the_model_options_reach_load(main, monkeypatch):
         raise ValueError("enough")
 
     main()
-    main("--model", "a/b", "--revision", "v1", "--device", "cpu", "--dtype", "float16")
+    main("--model", "a/b", "--revision", "v1", "--device", "cpu", "--dtype", "float16", "--quantize", "int4", "--compile")
     assert seen == [
-        (("llava-hf/llava-1.5-7b-hf",), {"device": "auto", "dtype": "auto", "revision": None}),
-        (("a/b",), {"device": "cpu", "dtype": "float16", "revision": "v1"}),
+        (("llava-hf/llava-1.5-7b-hf",), dict(device="auto", dtype="auto", quantize=None, compile=False, revision=None)),
+        (("a/b",), dict(device="cpu", dtype="float16", quantize="int4", compile=True, revision="v1")),
     ]
 
 
@@ -625,6 +626,66 @@ def test_weights_larger_than_the_memory(ask, monkeypatch):
 def test_a_device_that_is_full(ask, monkeypatch):
     monkeypatch.setattr(llava.Llava, "stream", raising(torch.OutOfMemoryError("CUDA out of memory")))
     assert is_one_line(ask("--prompt", "Hi"), "too little memory")
+
+
+LACKS = {  # what torch, numpy and Pillow raise where the machine lacks something → what the line must say
+    "a GPU that is full": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "memory: .*bfloat16"),
+    "a Mac that is full": (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "too little memory"),
+    "memory that is full": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:122] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+        "too little memory: .*--model tiny",
+    ),
+    "no memory for Python": (MemoryError(), "too little memory"),
+    "a device that vanishes": (
+        RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"),
+        r"the device failed \(CUDA error: unspecified launch failure\): start again, or try --device cpu$",
+    ),
+    "a device that was unplugged": (RuntimeError("CUDA error: no CUDA-capable device is detected\nx"), "the device failed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_what_the_machine_lacks_is_said_in_one_sentence(ask, monkeypatch, lack):
+    error, message = LACKS[lack]
+    monkeypatch.setattr(llava.Llava, "stream", raising(error))
+    assert is_one_line(ask("--prompt", "Hi"), message)
+    monkeypatch.setattr(llava, "load", raising(error))
+    assert is_one_line(ask("--prompt", "Hi"), message)
+
+
+def test_an_assertion_on_a_device_is_our_own_mistake(ask, monkeypatch):
+    monkeypatch.setattr(llava.Llava, "stream", raising(RuntimeError("CUDA error: device-side assert triggered\n")))
+    with pytest.raises(RuntimeError):
+        ask("--prompt", "Hi")
+
+
+def test_a_system_without_the_figure_of_the_memory(ask, monkeypatch):
+    """Windows has no resource module."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    found = ask("--prompt", "Hi", "--max-new-tokens", 2)
+    assert found.status == 0 and re.match(r"prefill \d+ ms, 2 tokens, \d+\.\d tokens/s, peak memory unknown\n", found.err)
+
+
+def test_a_system_without_readline(monkeypatch):
+    """Windows has no readline module."""
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr("builtins.input", lambda prompt: "Hello")
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert llava.read_line() == "Hello"
+
+
+def test_what_comes_from_outside_does_not_speak_to_the_terminal(tmp_path, folder, main):
+    """Neither the description of a checkpoint nor a field of it: one line, without escapes, of a bounded length."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    description = "\x1b[2J\x1b]0;x\x07one\nnotice: two\u202e" + "é" * 5000
+    (copy / "config.json").write_text(json.dumps(config | {"description": description}))
+    said = main("--model", copy, "--device", "cpu", "--prompt", "Hi", "--max-new-tokens", 2).err.splitlines()[0]
+    assert said.startswith("notice:  [2J ]0;x one notice: two éé") and said.endswith(" … " + "é" * 495) and len(said) < 1100
+    (copy / "config.json").write_text(json.dumps(config | {"unknown\x1b[31m": ["x\n"] * 10_000}))
+    assert is_one_line(main("--model", copy, "--device", "cpu"), r"the field unknown \[31m = .* … .*might change what")
 
 
 def raising(error):

@@ -29,7 +29,8 @@ import vision
 import weights
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [name for name in ("README.md", "CONTRIBUTING.md", "tiny/README.md") if (ROOT / name).exists()]
+PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "tiny/README.md", "tests/fuzz/README.md")
+DOCUMENTS = [name for name in PAGES if (ROOT / name).exists()]
 DOCUMENTS += sorted(str(file.relative_to(ROOT)) for folder in ("docs", "benchmarks") for file in (ROOT / folder).glob("*.md"))
 FOLDERS = (".", "tiny", "tests", "benchmarks", "notebooks", "docs")
 SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))
@@ -88,7 +89,7 @@ COMMANDS = [example for example in [*EXAMPLES, *docstring_examples()] if example
 LONG = (  # not run by each test: what it is, and that it would start, is checked
     r"\.ci/run", r"pytest\b(?! tests/test_docs).*", r"ruff .*", r"source .*", r"python benchmarks/.*",
     r"pip install .*", r"python notebooks/(run|own_data)\.py.*", r"python llava\.py .*--explain .*",
-    r"python tests/mutations\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
+    r"python tests/(mutations|fuzz/fuzz)\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
 )  # fmt: skip
 
 
@@ -429,5 +430,5 @@ def test_speaks_of_the_project_alone():
 
 def test_nothing_is_missing():
     """tiny and its documents are part of the project; without them half of this file would have nothing to look at."""
-    for name in ("README.md", "CONTRIBUTING.md", "LICENSE", "tiny/README.md", "tiny/scene.png", "tiny/model.safetensors"):
+    for name in (*PAGES, "LICENSE", "tiny/scene.png", "tiny/model.safetensors"):
         assert (ROOT / name).is_file(), f"{name} is missing"

@@ -92,14 +92,27 @@ def test_trace_of_words_alone_and_of_one_token(main):
     assert names == ["stage", "ids", "merge", "llama.1", "llama.2", "llama.3", "llama.4", "logits", "kv_cache"]
 
 
-@pytest.mark.parametrize("other", [["--chat"], ["--each"], ["--choices", "yes", "no"], ["--num-beams", "2"]])
+@pytest.mark.parametrize("other", [["--chat"], ["--each"], ["--choices", "yes", "no"], ["--num-beams", "2"], ["--compile"]])
 @pytest.mark.parametrize("option", [["--trace"], ["--explain", "page.html"]])
 def test_what_is_not_one_answer_is_refused(main, other, option, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(llava, "load", lambda *_, **__: pytest.fail("loaded"))
     run = main("--model", "tiny", "--image", SCENE, *option, *other)
-    assert (run.status, run.out) == (2, "") and run.err.startswith("error: --trace and --explain look into a single answer: ")
+    assert (run.status, run.out) == (2, "") and re.match("error: --trace and --explain (look into a single answer|listen to)", run.err)
     assert run.err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused(main, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(llava, "load", lambda *_, **__: pytest.fail("loaded"))
+    run = main("--model", "tiny", "--image", SCENE, "--trace")
+    assert run.status == 2 and "leave out --compile, and torchrun" in run.err
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_a_quantised_model_has_a_page_too(main, tmp_path, quantize):
+    run, _, data = pages(main, tmp_path, "--model", "tiny", "--image", SCENE, "--quantize", quantize, "--max-new-tokens", 6)
+    assert "".join(word["text"] for word in data["words"] if not word["end"]).strip() == run.out.strip()
 
 
 @pytest.mark.parametrize("where", ["", ".", "nowhere/page.html"])

@@ -173,6 +173,13 @@ assert "huggingface_hub" not in sys.modules
 def find(model, revision):
     return str(weights.find(model, revision))
 
+def both(model, revision):  # two processes at once
+    child = os.fork()
+    found = [load(model, revision), load(model, revision)]
+    if not child:
+        os._exit(found[0] != found[1])
+    return [found[0], os.waitpid(child, 0)[1]]
+
 def load(model, revision):
     state = llava.load(model, device="cpu", dtype="float32", revision=revision)[0].state_dict()
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
@@ -396,3 +403,12 @@ def until(condition, seconds=20):
             return value
         time.sleep(0.02)
     raise TimeoutError
+
+
+def test_two_processes_at_once_on_one_cache(hub, ask, files, checkpoints, tmp_path):
+    """Each has the whole of it, and the weights were sent once: the other waited for them."""
+    hub.add("a/b", files)
+    kind, (found, status) = ask(hub, tmp_path, ("both", "a/b"))[0]
+    assert (kind, found, status) == ("ok", contents(checkpoints["llama"]), 0)
+    assert downloaded(tmp_path) == NEEDED | {"model.safetensors"}
+    assert hub.served == len(files["model.safetensors"])

@@ -126,7 +126,7 @@ def test_fused_and_written_out_attention_are_the_definition(heads, groups, past,
     real = torch.ones(3, past + new, dtype=torch.bool)
     real[0, :4] = False  # padding on the left
     real[1, -2:] = False  # on the right
-    mask = llama.visible(real, new, window)
+    mask = llama.visible(real, torch.arange(past, past + new), window)
     expected, their_weights = plain(q, k, v, mask)
     fused, nothing = llama.attend(q, k, v, mask)
     written, weights = llama.attend(q, k, v, mask, output_attentions=True)
@@ -138,7 +138,7 @@ def test_fused_and_written_out_attention_are_the_definition(heads, groups, past,
 
 def test_key_value_heads_serve_their_neighbours():
     q, k, v = torch.randn(1, 6, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
-    mask = llama.visible(torch.ones(1, 5, dtype=torch.bool), 5)
+    mask = llama.visible(torch.ones(1, 5, dtype=torch.bool), torch.arange(5))
     for output_attentions in (False, True):
         grouped = llama.attend(q, k, v, mask, output_attentions)[0]
         torch.testing.assert_close(grouped, llama.attend(q, repeat_kv(k, 3), repeat_kv(v, 3), mask, output_attentions)[0])
@@ -147,7 +147,7 @@ def test_key_value_heads_serve_their_neighbours():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_keeps_its_dtype(dtype):
     q, k, v = (torch.randn(1, 4, 5, 8).to(dtype) for _ in range(3))
-    mask = llama.visible(torch.ones(1, 5, dtype=torch.bool), 5)
+    mask = llama.visible(torch.ones(1, 5, dtype=torch.bool), torch.arange(5))
     fused, _ = llama.attend(q, k, v, mask)
     written, weights = llama.attend(q, k, v, mask, output_attentions=True)
     assert fused.dtype == written.dtype == weights.dtype == dtype
@@ -163,7 +163,7 @@ def test_attention_keeps_its_dtype(dtype):
 def test_the_mask_is_what_two_loops_say(window, past, new):
     real = torch.rand(4, past + new) < 0.6
     real[0], real[1] = True, False
-    mask = llama.visible(real, new, window)
+    mask = llama.visible(real, torch.arange(past, past + new), window)
     assert mask.shape == (4, 1, new, past + new) and mask.dtype == torch.bool
     for b, i, j in itertools.product(range(4), range(past, past + new), range(past + new)):
         sees = i == j or (real[b, j] and j <= i and (window is None or i - j < window))
@@ -173,7 +173,8 @@ def test_the_mask_is_what_two_loops_say(window, past, new):
 def test_a_mask_for_a_chunk_is_the_last_rows_of_the_whole_one():
     real = torch.rand(3, 10) < 0.7
     for window, new in itertools.product((None, 4), range(1, 11)):
-        assert torch.equal(llama.visible(real, new, window), llama.visible(real, 10, window)[:, :, -new:])
+        whole = llama.visible(real, torch.arange(10), window)
+        assert torch.equal(llama.visible(real, torch.arange(10 - new, 10), window), whole[:, :, -new:])
 
 
 @pytest.mark.parametrize("window", [None, 2])

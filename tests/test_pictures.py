@@ -1,16 +1,19 @@
 """From a file to pixel values: bit for bit as transformers, and one clear sentence for what is not a picture."""
 
 import io
+import os
 import random
 import re
+import socket
 import struct
+import threading
 import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from reference import EDGE, IMAGE, TINY
 from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 from transformers.image_utils import load_image
@@ -131,11 +134,11 @@ def test_one_pixel_wide_equals_the_reference(size):
     assert torch.equal(vision.preprocess(image, config), reference_pixels(image, config))
 
 
-def test_one_pixel_wide_at_the_published_size():
+@pytest.mark.parametrize("size, middle", [((1, 1000), (0, 490, 1, 510)), ((20000, 30), (9900, 0, 10100, 30))], ids=str)
+def test_one_pixel_wide_at_the_published_size(size, middle):
     """The middle square of 1 x 1000 is that of its middle 1 x 20; the reference itself takes gigabytes for the whole."""
-    image, config = picture(1, 1000), preprocess_config(PUBLISHED)
-    middle = image.crop((0, 490, 1, 510))
-    assert torch.equal(vision.preprocess(image, config), reference_pixels(middle, config))
+    image, config = picture(*size), preprocess_config(PUBLISHED)
+    assert torch.equal(vision.preprocess(image, config), reference_pixels(image.crop(middle), config))
 
 
 @pytest.mark.parametrize("edge, crop", [(40, 28), (41, 28), (28, 27), (20, 28), (21, 28)])
@@ -469,6 +472,37 @@ def test_a_binary_file_object_is_read(tmp_path, kind):
         assert not file.closed
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_named_pipe_is_read(tmp_path):
+    """As the shell's <(…) is one: used like any file, though nothing can be read twice in it."""
+    data = encoded(picture(20, 10))
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    assert pixels(vision.open_image(tmp_path / "pipe")).tolist() == pixels(picture(20, 10)).tolist()
+    writer.join(20)
+
+
+class Endless(io.RawIOBase):
+    """A pipe that never ends."""
+
+    given = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.given += len(buffer)
+        return len(buffer)
+
+
+def test_a_pipe_that_never_ends_is_not_read_for_ever(monkeypatch):
+    monkeypatch.setattr(vision, "MAX_BYTES", 10**6)
+    pipe = Endless()
+    refused(io.BufferedReader(pipe), "standard input is not a picture", kind=ValueError)
+    assert pipe.given < 2 * 10**6
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # What is not a picture: one sentence
 
@@ -484,6 +518,34 @@ def test_a_file_cut_short_is_refused(tmp_path, kind, percent):
     file.write_bytes(data[: len(data) * percent // 100])
     refused(file, str(file), kind=ValueError)
     refused(io.BytesIO(file.read_bytes()), "standard input", kind=ValueError)
+
+
+VARIANTS = {  # name: (format, mode, options); libtiff's own JPEG decoder is left out, as it writes to stderr by itself
+    "progressive JPEG": ("JPEG", "RGB", {"progressive": True}), "lossless WEBP": ("WEBP", "RGB", {"lossless": True}),
+    "PNG with opacity": ("PNG", "RGBA", {}), "PNG with a palette": ("PNG", "P", {}), "BMP with a palette": ("BMP", "P", {}),
+    "TIFF, LZW": ("TIFF", "RGB", {"compression": "tiff_lzw"}), "TIFF, deflate": ("TIFF", "RGB", {"compression": "tiff_deflate"}),
+    "grey PPM": ("PPM", "L", {}), "PPM of one bit": ("PPM", "1", {}), "PPM of 16 bits": ("PPM", "I", {}),
+    "JPEG of inks": ("JPEG", "CMYK", {}), **{f"moving {kind}": (kind, "RGB", {"frames": 2}) for kind in ("GIF", "PNG", "TIFF")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*EXTENSIONS, *VARIANTS])
+def test_a_file_cut_anywhere_is_refused_or_the_same_picture(kind):
+    """Never a picture of which the lower half is grey. PNG, GIF and BMP end with bytes that hold nothing of the picture."""
+    form, mode, options = VARIANTS.get(kind, (kind, "RGB", {}))
+    if options.get("frames"):
+        options = {"save_all": True, "append_images": [picture(17, 12, seed=1)]}
+    data = encoded(picture(17, 12, mode), form, **options)
+    outcomes = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = vision.open_image(io.BytesIO(data)).tobytes()
+        for length in range(len(data)):
+            try:
+                outcomes.append(vision.open_image(io.BytesIO(data[:length])).tobytes() == whole)
+            except ValueError:
+                outcomes.append(None)
+    assert False not in outcomes and outcomes[: len(data) // 3] == [None] * (len(data) // 3)
 
 
 @pytest.mark.parametrize("kind", [*EXTENSIONS, "MPO"])
@@ -525,6 +587,16 @@ def test_a_directory_a_missing_file_and_an_address_are_refused(tmp_path):
     refused(str(tmp_path / "none.png"), f"no such picture: {tmp_path / 'none.png'}", kind=FileNotFoundError)
     for address in ("http://localhost/cat.jpg", "https://localhost/cat.jpg", "HTTPS://localhost/cat.jpg"):
         refused(address, f"{address} is an address", kind=ValueError)
+    for other in ("ftp://localhost/cat.jpg", "file:///cat.jpg", "data:image/png;base64,iVBORw0KGgo="):
+        refused(other, "no such picture", kind=FileNotFoundError)
+
+
+def test_nothing_is_fetched_for_a_picture(monkeypatch):
+    """Whatever an address looks like: no socket is opened."""
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("a connection"))
+    for address in ("http://localhost/x.png", "https:\\\\localhost\\x.png", "//localhost/x.png", "\\\\localhost\\x.png", "s3://x/y.png"):
+        with pytest.raises((ValueError, OSError)):
+            vision.open_image(address)
 
 
 def claimed_png(width, height):
@@ -545,7 +617,18 @@ def test_a_small_file_that_claims_a_huge_picture_is_refused_before_it_is_unpacke
     refused(tmp_path / "bomb.png", "bomb.png has over 89,478,485 pixels", kind=ValueError)
 
 
-@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (0, 5), (5, 0), (0, 0)], ids=str)
+def test_memory_that_runs_out_is_not_called_a_damaged_picture(tmp_path, monkeypatch):
+    (tmp_path / "picture.png").write_bytes(encoded(picture(20, 10)))
+
+    def full(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", full)
+    with pytest.raises(MemoryError):
+        vision.open_image(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (1, 60000), (0, 5), (5, 0), (0, 0)], ids=str)
 def test_a_picture_too_thin_to_be_scaled_is_refused(size):
     with pytest.raises(ValueError, match=f"a picture of {size[0]} x {size[1]} pixels is too thin"):
         vision.preprocess(Image.new("RGB", size), preprocess_config(PUBLISHED))

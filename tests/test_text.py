@@ -1,5 +1,6 @@
 """From text to ids and back: equal to the tokenizers that transformers uses, and what a user types is text."""
 
+import json
 import random
 import shutil
 
@@ -176,6 +177,33 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name} cannot be read as a tokenizer"):
             llama.Tokenizer(tmp_path / name)
+
+
+LATE = {  # what the library takes when it reads the file, and trips over when something is encoded
+    "an unknown token outside the vocabulary": {"model": {"unk_token": "<?>", "byte_fallback": False}},
+    "words without an unknown one": {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
+    "a template of tokens that are not there": {
+        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "?", "type_id": 0}}], "pair": [],
+                           "special_tokens": {}},
+    },
+    "a prefix longer than the tokens": {"model": {"continuing_subword_prefix": "x" * 100}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_a_tokenizer_that_fails_late_is_refused_at_once(tmp_path, kind, capfd):
+    values = json.loads((TINY / "tokenizer.json").read_text())
+    for name, change in LATE[kind].items():
+        values[name] = values[name] | change if name == "model" else change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        llama.Tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_ctrl_c_while_a_tokenizer_is_read_is_not_its_fault(monkeypatch):
+    monkeypatch.setattr(llama.Tokenizer, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        llama.Tokenizer(TINY / "tokenizer.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------

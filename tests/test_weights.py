@@ -1,11 +1,14 @@
 """From the files to the parameters and back: names, shapes, dtypes, configs, and what is refused."""
 
+import ast
+import errno
 import json
 import os
 import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,11 @@ import llava
 import vision
 import weights
 from benchmarks import full_size
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 ATTENTION = "language_model.model.layers.1.self_attn.q_proj.weight"
 EMBED, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -319,6 +327,10 @@ def test_the_class_defaults_are_those_of_transformers(tmp_path):
     ({"text_config": {"head_dim": 7}}, "head_dim is odd"),
     ({"vision_feature_layer": []}, "vision_feature_layer is []"),
     ({"vision_feature_layer": ["a"]}, "vision_feature_layer is ['a']"),
+    ({"vision_feature_layer": [-2, 1.5]}, "vision_feature_layer is [-2, 1.5]"),
+    ({"vision_config": {"image_size": 6}}, "image_size is smaller than patch_size"),
+    ({"text_config": {"num_hidden_layers": 1000}}, "num_hidden_layers is 1000"),
+    ({"text_config": {"rope_scaling": {"type": "dynamic"}, "rope_parameters": {"rope_type": "default"}}}, "rope_scaling is set"),
     ({"vision_feature_layer": "last"}, "vision_feature_layer is 'last'"),
     ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
 ])  # fmt: skip
@@ -402,7 +414,7 @@ def test_generation_config_has_the_last_word_on_where_an_answer_ends(copy, ids):
     assert model.config.eos_token_ids == (ids if isinstance(ids, list) else [ids])
 
 
-@pytest.mark.parametrize("ids", ["x", ["x"], [], {"a": 1}, 2.5, True])
+@pytest.mark.parametrize("ids", ["x", ["x"], [], {"a": 1}, 2.5, True, [2.5], [2, 10**30]])
 def test_an_end_that_is_no_token_is_refused_by_its_field(copy, ids):
     assert "eos_token_id" in refusal(copy.config("generation_config.json", eos_token_id=ids).write())
 
@@ -442,6 +454,13 @@ def test_a_folder_without_preprocessing_numbers_is_refused(copy):
     ({"image_mean": "grey"}, "image_mean"),
     ({"image_mean": ["grey"]}, "image_mean"),
     ({"image_processor_type": 5}, "image_processor_type is 5"),
+    ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean"),
+    ({"image_mean": [0.5, float("inf"), 0.5]}, "image_mean"),
+    ({"image_mean": [0.5]}, "image_mean and image_std must have 3 numbers"),
+    ({"image_std": [0.5, 0.5, 0.5, 0.5]}, "image_mean and image_std must have 3 numbers"),
+    ({"image_std": [0.5, 0, 0.5]}, "above 0"),
+    ({"resample": 6}, "resample be 0 to 5"),
+    ({"resample": -1}, "resample be 0 to 5"),
     ({"size": {"shortest_edge": "28"}}, "size is {'shortest_edge': '28'}"),
     ({"size": {"shortest_edge": 10**9}}, "size is {'shortest_edge': 1000000000}"),
     ({"size": True}, "size"),
@@ -487,6 +506,46 @@ def test_a_missing_shard_is_named(copy):
     assert "lacks model-00002-of-00003.safetensors" in refusal(copy.folder)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links and pipes")
+def test_a_link_out_of_the_folder_is_refused(copy, tmp_path):
+    """As in an archive that was unpacked: the index names a file of the folder, which leads to another."""
+    Path(copy.write(shards=2))
+    file = copy.folder / "model-00001-of-00002.safetensors"
+    inside, outside = copy.folder / "other.safetensors", tmp_path / "outside.safetensors"
+    file.rename(outside)
+    for target in (outside, "../outside.safetensors"):
+        file.symlink_to(target)
+        assert f"{file.name} is a link out of the folder" in refusal(copy.folder)
+        file.unlink()
+    outside.rename(inside)
+    file.symlink_to(inside.name)  # within the folder it may
+    assert load(copy.folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links and pipes")
+def test_the_links_of_the_hubs_cache_are_followed(copy, tmp_path, checkpoints):
+    """A snapshot there is a folder of links to ../../blobs; and the folder itself may be reached through a link."""
+    copy.write(shards=2)
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(copy.folder.iterdir()):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (tmp_path / "shortcut").symlink_to(snapshot)
+    for folder in (snapshot, tmp_path / "shortcut"):
+        assert same(load(folder), load(checkpoints["llama"]))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links and pipes")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(copy, name):
+    copy.write(shards=1 if name == "model.safetensors" else 2)
+    (copy.folder / name).unlink()
+    os.mkfifo(copy.folder / name)
+    assert name in refusal(copy.folder)
+
+
 def header(values):
     text = values if isinstance(values, bytes) else json.dumps(values).encode()
     return struct.pack("<Q", len(text)) + text
@@ -518,6 +577,9 @@ DAMAGED = {
     "shape overflows": header({"a": entry(0, 8, shape=(2**40, 2**40))}) + b"\0" * 8,
     "shape of floats": header({"a": entry(0, 8, shape=(2.0,))}) + b"\0" * 8,
     "unknown type": header({"a": entry(0, 8, dtype="F31")}) + b"\0" * 8,
+    "the same name twice": header(b'{"a":%b,"a":%b}' % (json.dumps(entry(0, 8)).encode(), json.dumps(entry(8, 16)).encode()))
+    + b"\0" * 16,
+    "a shape of true": header({"a": entry(0, 4, shape=(True,))}) + b"\0" * 4,
     "metadata of another kind": header({"__metadata__": [1], "a": entry(0, 8)}) + b"\0" * 8,
 }
 
@@ -546,6 +608,60 @@ def test_pickled_weights_are_refused_and_not_opened(copy, name):
     (copy.folder / name).write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
     message = refusal(copy.folder)
     assert name in message and "pickled" in message and ".safetensors" in message
+
+
+def test_code_in_a_checkpoint_is_not_run(copy, tmp_path):
+    """A Python file that the config names, a template that Jinja would run, a pickle beside the weights."""
+    ran = tmp_path / "ran"
+    copy.config(auto_map={"AutoModel": "modeling.Llava", "AutoConfig": "modeling.Config"})
+    (copy.folder / "modeling.py").write_text(f"open({str(ran)!r}, 'w')")
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
+    for file in ("tokenizer_config.json", "chat_template.json"):
+        copy.config(file, chat_template=template)
+    (copy.folder / "chat_template.jinja").write_text(template)
+    (copy.folder / "pytorch_model.bin").write_bytes(f"cposix\nsystem\n(S'touch {ran}'\ntR.".encode())
+    _, processor = llava.load(copy.write(), device="cpu")
+    assert processor.prompt("Hi", 0) == "USER: Hi ASSISTANT:" and not ran.exists()
+
+
+def test_the_modules_know_no_way_to_run_code_of_others():
+    """No pickle, no template engine, no module from a checkpoint: not imported, and no function of that kind is called."""
+    called, imported = set(), set()
+    for file in ("vision.py", "llama.py", "weights.py", "llava.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call):
+                called.add(ast.unparse(node.func))
+    assert not imported & {"pickle", "jinja2", "importlib", "runpy", "subprocess", "transformers", "shelve", "marshal"}
+    assert not called & {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "np.load", "torch.hub.load"}
+    assert {"json.loads", "safe_open"} <= called, "it looks where something is to be seen"
+
+
+NOT_FINITE = [("nan", torch.float32), ("inf", torch.float32), ("-inf", torch.bfloat16), ("1e30", torch.float16)]
+
+
+@pytest.mark.parametrize("number, dtype", NOT_FINITE, ids=str)
+def test_a_number_that_is_not_finite_is_a_warning_that_names_the_tensor(copy, number, dtype):
+    """Also if it becomes so only in the dtype asked for."""
+    copy.tensors[ATTENTION][3, 5] = float(number)
+    folder = copy.write("C")
+    with pytest.warns(UserWarning) as said:
+        load(folder, dtype)
+    assert len(said) == 1
+    file = copy.folder / "model.safetensors"
+    assert str(said[0].message) == f"{file}: the tensor {rename(ATTENTION, 'C')} holds numbers that are not finite in {dtype}"
+
+
+def test_large_numbers_are_no_warning(copy):
+    """Their sum overflows float16, they do not."""
+    copy.tensors[ATTENTION].fill_(60000)
+    folder = copy.write()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, torch.float16)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -600,6 +716,62 @@ def test_saving_over_another_checkpoint_leaves_nothing_of_it(pairs, tmp_path, mo
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         assert {file.name for file in tmp_path.iterdir() if "safetensors" in file.name} - {index.name} == named
         assert same(load(tmp_path, torch.float64), ours)
+
+
+@pytest.fixture
+def saved(pairs, tmp_path):
+    """The folder of a saved checkpoint, its files, and another model to be saved over it."""
+    ours, processor, _ = pairs["llama"]
+    llava.save(ours, processor, tmp_path / "saved")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
+    return tmp_path / "saved", before, pairs["mistral"][:2]
+
+
+@pytest.mark.skipif(resource is None, reason="needs a limit for the size of a file")
+@pytest.mark.parametrize("room", [0, 1000, 200_000])
+@pytest.mark.parametrize("shard_size", [10**9, 60_000])
+def test_a_disk_that_is_full_leaves_the_old_checkpoint(saved, room, shard_size, monkeypatch):
+    """The system itself refuses to write: the first file, or a later part of it."""
+    folder, before, (model, processor) = saved
+    if shard_size == 60_000 and room == 200_000:
+        room = 50_000  # some of the shards fit
+    monkeypatch.setattr(weights.write, "__defaults__", (shard_size,))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError) as caught:
+            llava.save(model, processor, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value).startswith(f"{folder} cannot be written: ") and "\n" not in str(caught.value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_disk_that_is_full_later_leaves_the_old_checkpoint(saved, number, monkeypatch):
+    """Each of the small files in turn is the one for which there is no room: three configs and the tokenizer."""
+    folder, before, (model, processor) = saved
+    write_text, left = Path.write_text, [number]
+
+    def full(self, *args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            self.touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(self, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"cannot be written: .*No space left"):
+        patch.setattr(Path, "write_text", full)
+        llava.save(model, processor, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_ctrl_c_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
+    folder, before, (model, processor) = saved
+    monkeypatch.setattr(weights, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        llava.save(model, processor, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_a_model_may_be_saved_over_the_files_that_it_came_from(copy):

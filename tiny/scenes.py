@@ -19,6 +19,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = {"small": 0.18, "large": 0.27}  # diameter, as a fraction of the picture's side
+REACH = 0.57  # how far a tip is from the centre, in diameters
 PLACES = (
     "top left", "top middle", "top right",
     "middle left", "centre", "middle right",
@@ -76,7 +77,7 @@ def arrange(rng, held_out=False):
 def place(rng, cell, colour, shape, size):
     """A thing somewhere inside its cell, a third of the side wide."""
     diameter = SIZES[size] * rng.uniform(0.95, 1.05)
-    slack = (1 / 3 - diameter) / 2 - 0.015
+    slack = 1 / 6 - REACH * diameter - 0.004  # so that all of it is inside
     x, y = ((index + 0.5) / 3 + rng.uniform(-slack, slack) for index in (cell % 3, cell // 3))
     return Thing(colour, shape, size, cell, x, y, diameter)
 
@@ -85,8 +86,8 @@ def place(rng, cell, colour, shape, size):
 # The picture
 
 
-def paint(rng, things, side=224):
-    """Things on a shaded background, pale or dark → PIL image (side, side)."""
+def paint(rng, things, side=224, strange=False):
+    """Things on a shaded background, pale or dark → PIL image (side, side). strange: in colours that have no name here."""
     big = 2 * side  # drawn at twice the size, then halved: smooth edges
     base = rng.randint(22, 60) if rng.random() < 0.3 else rng.randint(205, 245)
     top = [base + rng.randint(-10, 10) for _ in range(3)]
@@ -96,15 +97,24 @@ def paint(rng, things, side=224):
     image = image.resize((big, big), Image.Resampling.BILINEAR)
     canvas = ImageDraw.Draw(image)
     for thing in things:
-        colour = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLOURS[thing.colour])
+        colour = nameless(rng) if strange else COLOURS[thing.colour]
+        colour = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in colour)
         canvas.polygon([(big * x, big * y) for x, y in outline(thing, tilt=rng.uniform(-0.2, 0.2))], fill=colour)
     return image.reduce(2)
+
+
+def nameless(rng):
+    """Any colour (red, green, blue) that lies well apart from the six of this world."""
+    while True:
+        colour = tuple(rng.randint(10, 245) for _ in range(3))
+        if all(math.dist(colour, named) > 70 for named in COLOURS.values()):
+            return colour
 
 
 def outline(thing, tilt):
     """The corners of a thing, turned by tilt (radians). Radii are chosen so that all shapes look equally large."""
     corners, radii = {
-        "circle": (60, (0.5,)), "square": (4, (0.6,)), "triangle": (3, (0.6,)), "star": (10, (0.6, 0.26)),
+        "circle": (60, (0.5,)), "square": (4, (0.6,)), "triangle": (3, (REACH,)), "star": (10, (REACH, 0.25)),
     }[thing.shape]
     start = tilt + (math.pi / 4 if thing.shape == "square" else 0)
     for i in range(corners):

@@ -1,0 +1,217 @@
+"""The fast ways beside the plain ones: quantised layers, the recorded step, the product of a matrix and one vector."""
+
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import TINY
+
+import llama
+import llava
+import weights
+
+SCHEMES = list(llama.QUANTIZED)
+
+
+def quantized(scheme, weight, dtype=torch.float32):
+    """A quantised layer that holds the given matrix."""
+    outputs, inputs = weight.shape
+    with torch.device("meta"):
+        layer = llama.QUANTIZED[scheme](inputs, outputs, dtype)
+    layer.quantize_(weight, "cpu")
+    return layer
+
+
+def written_out(layer, dtype):
+    """The matrix that a quantised layer stands for, by its definition, one number at a time."""
+    if isinstance(layer, llama.Int8Linear):
+        return layer.q.to(dtype) * layer.scale.to(dtype)[:, None]
+    rows = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
+    for n in range(layer.out_features):
+        byte = layer.q[n // layer.block, :, n % (layer.block // 2)].int()
+        q = byte >> 4 if n % layer.block >= layer.block // 2 else byte & 15
+        scale, zero = layer.scale[:, n].to(dtype).repeat_interleave(layer.group, 0).unbind(1)
+        rows[n] = (q - 8) * scale + zero
+    return rows
+
+
+@pytest.mark.parametrize("shape", [(128, 256), (96, 352), (640, 64), (1088, 192)], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape):
+    weight = torch.randn(shape, dtype=torch.float64)
+    layer = quantized(scheme, weight, torch.float64)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64)
+    matrix = written_out(layer, torch.float64)
+    torch.testing.assert_close(layer(x), F.linear(x, matrix), rtol=1e-12, atol=1e-12)
+    # and what it stands for is the nearest that its grid has
+    steps = layer.scale[:, None] if scheme == "int8" else layer.scale[..., 0].T.repeat_interleave(layer.group, 1)
+    assert ((matrix - weight).abs() <= steps * 0.5001).all()
+
+
+@pytest.mark.parametrize("rows", [1, 5, llama.QuantizedLinear.FEW])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_packed_kernel_is_the_plain_product(scheme, rows):
+    layer = quantized(scheme, torch.randn(192, 256), torch.bfloat16)
+    if not layer.has_kernel:
+        pytest.skip("this processor has no kernel for it (AVX-512)")
+    x = torch.randn(rows, 256).bfloat16()
+    exact = F.linear(x.double(), written_out(layer, torch.float64))
+    for product in (layer.kernel(x), layer(x), layer.plain(x)):
+        assert product.dtype == torch.bfloat16
+        torch.testing.assert_close(product.double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_of_zeros_stay_zeros(scheme):
+    layer = quantized(scheme, torch.zeros(64, 64), torch.bfloat16)
+    assert torch.equal(layer(torch.ones(1, 64).bfloat16()), torch.zeros(1, 64).bfloat16())
+
+
+def test_an_equal_share_of_bytes():
+    """A 7B layer: 8 bits and a scale a row; 4 bits and two numbers for 64."""
+    size = 4096 * 11008
+    for scheme, expected in (("int8", size + 2 * 11008), ("int4", size // 2 + size // 64 * 4)):
+        with torch.device("meta"):
+            layer = llama.QUANTIZED[scheme](4096, 11008, torch.bfloat16)
+        assert sum(buffer.nbytes for buffer in layer.buffers()) == expected
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loading_quantises_the_linear_layers_of_the_language_model_and_nothing_else(scheme, checkpoints, family):
+    folder = str(checkpoints[family])
+    plain, processor = llava.load(folder, device="cpu", dtype="float32")
+    model, _ = llava.load(folder, device="cpu", dtype="float32", quantize=scheme)
+    kept, left = dict(plain.named_parameters()), dict(model.named_parameters())
+    assert all(torch.equal(kept[name], parameter) for name, parameter in left.items())
+    missing = set(kept) - set(left)
+    layers = {name for name, layer in plain.llama.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert missing == {f"llama.{name}.weight" for name in layers}
+    for name in missing:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        again = quantized(scheme, kept[name])
+        assert torch.equal(layer.q, again.q) and torch.equal(layer.scale, again.scale)
+    inputs = processor("USER: hello ASSISTANT:")
+    close = {"int8": 0.999, "int4": 0.9}[scheme]
+    a, b = model(**inputs).logits.flatten(), plain(**inputs).logits.flatten()
+    assert close < F.cosine_similarity(a, b, dim=0) < 1
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tied_head_is_quantised_from_the_embedding(scheme, checkpoints, tmp_path):
+    model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    model.llama.head.weight = model.llama.embed.weight
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    llava.save(model, processor, tmp_path)
+    again, _ = llava.load(str(tmp_path), device="cpu", dtype="float32", quantize=scheme)
+    assert torch.equal(again.llama.head.q, quantized(scheme, again.llama.embed.weight).q)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_a_quantised_model_cannot_do_is_said(scheme, tmp_path):
+    model, processor = llava.load("tiny", device="cpu", quantize=scheme)
+    with pytest.raises(ValueError, match="quantised model cannot be saved"):
+        llava.save(model, processor, tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="quantised model cannot be resized"):
+        model.resize_token_embeddings(700)
+    with pytest.raises(ValueError, match="quantize is 'int3', and must be int8 or int4"):
+        llava.load("tiny", quantize="int3")
+
+
+def test_one_row_and_a_batch_go_the_same_way_in_bfloat16(checkpoints, family):
+    """torch's own product and oneDNN's differ in rounding alone, and the switch between them is put back."""
+    model, processor = llava.load(str(checkpoints[family]), device="cpu", dtype="bfloat16")
+    inputs = processor("USER: hello ASSISTANT:")
+    cache = model.init_kv_cache(1, 64)
+    with torch.no_grad():
+        model(**inputs, kv_cache=cache)
+        fork = {name: tensor.clone() for name, tensor in cache.items()}
+        mask = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.int64)], dim=1)
+        step = model.step(torch.tensor([9]), mask, cache)
+        whole = model(torch.tensor([[9]]), attention_mask=mask, kv_cache=fork).logits
+    assert torch.backends.mkldnn.enabled
+    torch.testing.assert_close(step.float(), whole.float(), rtol=0.05, atol=0.05 * whole.float().std().item())
+    with pytest.raises(RuntimeError), llama.matrix_times_vector(torch.zeros(1, 1, 8)):
+        assert not torch.backends.mkldnn.enabled
+        raise RuntimeError
+    with llama.matrix_times_vector(torch.zeros(2, 1, 8)):
+        assert torch.backends.mkldnn.enabled
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The recorded step
+
+
+def recorded(model, run=None):
+    """A model whose step looks through a window, with the plain function in the place of the compiled one."""
+    step = llava.RecordedStep.__new__(llava.RecordedStep)
+    step.plain, step.llama, step.run = model.step, model.llama, run or model.llama.run
+    return step
+
+
+@pytest.mark.parametrize("window", [1, 4, 16, 1000])
+def test_a_step_through_a_window_is_the_plain_step(model, processor, monkeypatch, window):
+    monkeypatch.setattr(llava.RecordedStep, "WINDOW", window)
+    inputs = processor(["USER: hello ASSISTANT:", "USER: how are you today? ASSISTANT:"])
+    expected = model.generate(**inputs, max_new_tokens=20)
+    shapes = set()
+
+    def run(x, cos, sin, mask, where, cached, *options):
+        shapes.update({mask.shape[-1], *(tensor.shape[2] for pair in cached for tensor in pair)})
+        return model.llama.run(x, cos, sin, mask, where, cached, *options)
+
+    monkeypatch.setattr(model, "step", recorded(model, run), raising=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=20), expected)
+    width = inputs["input_ids"].shape[1]
+    capacity = width + 19
+    assert shapes == {min(capacity, math.ceil(needed / window) * window) for needed in range(width + 1, capacity + 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_compiled_step_is_the_plain_step(checkpoints, family, quantize):
+    settings = dict(device="cpu", dtype="float32", quantize=quantize)
+    model, processor = llava.load(str(checkpoints[family]), **settings)
+    fast, _ = llava.load(str(checkpoints[family]), **settings, compile=True)
+    inputs = processor("USER: hello ASSISTANT:")
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert torch.equal(fast.generate(**inputs, max_new_tokens=12), model.generate(**inputs, max_new_tokens=12))
+    assert counters["stats"]["unique_graphs"] == 1  # one for all the blocks and all the steps
+    assert not counters["graph_break"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_cuda_graph_is_the_plain_step(checkpoints, family, batch):
+    model, processor = llava.load(str(checkpoints[family]), device="cuda", dtype="float32")
+    fast, _ = llava.load(str(checkpoints[family]), device="cuda", dtype="float32", compile=True)
+    for text in ("USER: hello ASSISTANT:", "USER: how are you? ASSISTANT:", "USER: hello ASSISTANT:"):
+        inputs = processor([text] * batch)
+        assert torch.equal(fast.generate(**inputs, max_new_tokens=40), model.generate(**inputs, max_new_tokens=40))
+
+
+def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        llava.load("tiny", device="cpu", compile=True)
+
+
+def test_tiny_answers_alike_in_eight_bits():
+    model, processor = llava.load("tiny", device="cpu")
+    eight, _ = llava.load("tiny", device="cpu", quantize="int8")
+    inputs = processor.chat([("user", "Describe the image.")], [TINY / "scene.png"])
+    assert torch.equal(model.generate(**inputs, max_new_tokens=60), eight.generate(**inputs, max_new_tokens=60))
+
+
+def test_the_memory_is_counted_as_it_will_be():
+    with torch.device("meta"):
+        model = llava.Llava(llava.LlavaConfig())
+    llama.quantize_layers(model.llama, "int4", torch.bfloat16)
+    assert weights.is_tied(model) is False
+    layers = sum(buffer.nbytes for buffer in model.buffers())
+    assert 0.55 < layers / (7e9 - 0.5e9) < 0.58  # bytes for each parameter of the language model's layers
