@@ -550,7 +550,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
 
 def plant(folder, file, right, wrong):
     """Copy the repository to a folder and change one place of it."""
-    keep = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "*.ipynb")
+    keep = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache")
     shutil.copytree(ROOT, folder, ignore=keep, dirs_exist_ok=True)
     source = (folder / file).read_text()
     if source.count(right) != 1:
