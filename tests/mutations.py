@@ -477,8 +477,8 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "a sum that overflows is called not finite",
         "weights.py",
-        "if not (state[ours].sum().isfinite() or state[ours].isfinite().all()):",
-        "if not state[ours].sum().isfinite():",
+        "if not (numbers.sum().isfinite() or numbers.isfinite().all()):",
+        "if not numbers.sum().isfinite():",
         "test_weights.py",
     ),
     (
