@@ -217,7 +217,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
         "T16 a chunk sees its own future",
         "llama.py",
         "mask = key <= query  # (T, S)",
-        "mask = key < S + 0 * query  # (T, S)",
+        "mask = key < len(key) + 0 * query  # (T, S)",
         "test_cache.py",
     ),
     (
