@@ -763,7 +763,7 @@ def lack(error):
     """What the machine lacks, as a sentence. Raises the error again if it is another: then it is our mistake."""
     text = str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate memory" in text:
-        return "there is too little memory: try --quantize int4, fewer or smaller pictures, another device or --model tiny"
+        return "there is too little memory: try --dtype bfloat16, --quantize int4, fewer or smaller pictures, or --model tiny"
     if "CUDA error" in text and "assert" not in text:  # an assertion is about a number of ours
         return f"the device failed ({text.splitlines()[0]}): start again, or try --device cpu"
     raise error

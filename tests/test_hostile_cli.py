@@ -317,7 +317,7 @@ def test_memory_that_runs_out(base, tmp_path, lacking):
     else:
         arguments = ["--prompt", "Hi", "--num-beams", 4000, "--max-new-tokens", 400]
     found = run(*brief(base), *arguments, megabytes=virtual_memory() + 300)
-    is_orderly(found, 2, "error: there is too little memory: try --quantize int4, .* or --model tiny", 1200)
+    is_orderly(found, 2, "error: there is too little memory: try --dtype bfloat16, .* or --model tiny", 1200)
 
 
 def test_standard_streams_that_are_closed(base):
@@ -425,7 +425,7 @@ def test_ctrl_c_at_any_moment():
 
 def test_the_same_seed_in_two_processes(capsys):
     """A process with hashes of its own, and this one twice."""
-    arguments = ["--prompt", "Hi", "--temperature", "2", "--seed", "5", "--max-new-tokens", "12"]
+    arguments = ["--prompt", "Hi", "--temperature", "8", "--seed", "5", "--max-new-tokens", "12"]
     other = subprocess.run([*COMMAND, *arguments], env=ENVIRONMENT | {"PYTHONHASHSEED": "7"}, capture_output=True, timeout=200)
     said = []
     for _ in range(2):
