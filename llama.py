@@ -17,7 +17,7 @@ key-value heads than query heads and a window beyond which attention does not lo
     V        size of the vocabulary                              32064          32064
     n, k     beams of a row, candidates that they grow into
 
-Notebook: the voice. Next file: llava.py.
+Notebook: notebooks/3_the_voice.ipynb. Next file: llava.py.
 """
 
 import contextlib

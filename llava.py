@@ -21,6 +21,8 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
     S        all positions, those in the cache first
     D, A     width and attention heads of the language model
     V        size of the vocabulary
+
+Notebooks: notebooks/1_one_question.ipynb, and 4_the_bridge.ipynb of the projector. Next file: weights.py.
 """
 
 import argparse
@@ -722,6 +724,8 @@ def parse(arguments):
     add("--pad", action="store_true", default=None, help="pad to a square, as the authors' code does, instead of cropping to one")
     add("--system", type=readable, metavar="TEXT", help="a sentence in front of the prompt; authors: that of the authors' code")
     add("--show-prompt", action="store_true", help="print the exact prompt, its ids and all shapes to stderr")
+    add("--trace", action="store_true", help="print each stage's shape, dtype, milliseconds and bytes to stderr")
+    add("--explain", metavar="PAGE.html", help="write a page that shows where in the picture each word of the answer looked")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--chat", action="store_true", help="talk about the pictures; /image FILE adds one, Ctrl-D leaves")
     way.add_argument("--each", action="store_true", help="ask the question of each picture in turn")
@@ -792,6 +796,7 @@ def run(options):
         raise ValueError(f"seed is {options.seed}, and must be a number of at most 64 bits")
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
+    explain = lazy_explain(options) if options.trace or options.explain is not None else None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         join(options)
     images = [] if options.each else [open_named(name) for name in options.image]
@@ -805,10 +810,21 @@ def run(options):
         return print_choices(model, processor, images, options)
     if options.each:
         return answer_each(model, processor, options)
-    for text in answer(model, processor, options, question(options), images):
+    talk = Talk(processor.tokenizer.start)
+    pieces = answer(model, processor, options, question(options), images, talk)
+    for text in explain.watch(model, processor, options, images, talk, pieces) if explain else pieces:
         print(text, end="", flush=True)
     print(flush=True)
     return 0
+
+
+def lazy_explain(options):
+    """notebooks/explain.py, which only --trace and --explain need, once it has checked the other options."""
+    sys.path.append(str(Path(__file__).resolve().parent / "notebooks"))
+    import explain
+
+    explain.check(options)
+    return explain
 
 
 def join(options):

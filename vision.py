@@ -16,7 +16,7 @@ its own place, while the last block serves CLIP's own aim, one vector for the wh
     A, E     attention heads, width of one head           16, 64
     F        width of the MLP                             4096
 
-Notebook: the eye. Next file: llama.py.
+Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 
 import contextlib
@@ -125,20 +125,41 @@ def preprocess(image, config, pad=None):
     image = to_rgb(image)
     if config.do_pad if pad is None else pad:
         image = expand_to_square(image, tuple(int(255 * m) for m in config.image_mean))
-    short, long = sorted(image.size)
-    edge = config.size["shortest_edge"]
-    if not short or edge * edge * long / short > 2 * MAX_PIXELS:
-        raise ValueError(f"a picture of {image.width} x {image.height} pixels is too thin: pad it to a square or crop it")
-    other = int(edge * long / short)  # truncated, not rounded
-    size = (edge, other) if image.width <= image.height else (other, edge)
+    size, left, top = framing(*image.size, config)
     image = image.resize(size, config.resample)  # on bytes, each of them rounded: resizing floats gives other numbers
-    height, width = config.crop_size["height"], config.crop_size["width"]
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    image = image.crop((left, top, left + width, top + height))
+    image = image.crop((left, top, left + config.crop_size["width"], top + config.crop_size["height"]))
 
     pixels = (np.asarray(image).astype(np.float64) * config.rescale_factor).astype(np.float32)  # (H, W, 3) in 0…1
     pixels = (pixels - np.float32(config.image_mean)) / np.float32(config.image_std)  # (H, W, 3)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def framing(width, height, config):
+    """How preprocess scales a picture, and where the part that it keeps begins: (width, height), left, top."""
+    short, long = sorted((width, height))
+    edge = config.size["shortest_edge"]
+    if not short or edge * edge * long / short > 2 * MAX_PIXELS:
+        raise ValueError(f"a picture of {width} x {height} pixels is too thin: pad it to a square or crop it")
+    other = int(edge * long / short)  # truncated, not rounded
+    size = (edge, other) if width <= height else (other, edge)
+    return size, (size[0] - config.crop_size["width"]) // 2, (size[1] - config.crop_size["height"]) // 2
+
+
+def patch_boxes(width, height, grid, config, pad=None):
+    """The way back: where each patch of a picture of this size lies on it, in its own pixels: (P, 4) left, top, right, bottom.
+
+    grid: how many patches stand along a side. What lies outside of the picture is the margin that padding added.
+    """
+    margin = (0, 0)
+    if config.do_pad if pad is None else pad:  # as in expand_to_square
+        side = max(width, height)
+        margin = ((side - width) // 2, (side - height) // 2)
+        width = height = side
+    size, left, top = framing(width, height, config)
+    rows, columns = np.divmod(np.arange(grid**2), grid)
+    corners = np.stack([columns, rows, columns + 1, rows + 1], axis=1) / grid  # (P, 4), as fractions of the part that is kept
+    corners = corners * np.tile([config.crop_size["width"], config.crop_size["height"]], 2) + np.tile([left, top], 2)
+    return corners * np.tile([width / size[0], height / size[1]], 2) - np.tile(margin, 2)
 
 
 def expand_to_square(image, colour):

@@ -139,15 +139,29 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T12 the crop is off by one",
         "vision.py",
-        "(image.height - height) // 2\n",
-        "(image.height - height + 1) // 2\n",
+        '(size[1] - config.crop_size["height"]) // 2\n',
+        '(size[1] - config.crop_size["height"] + 1) // 2\n',
         "test_pictures.py",
     ),
     (
         "T12 width and height change places",
         "vision.py",
-        "size = (edge, other) if image.width <= image.height else (other, edge)",
-        "size = (edge, other) if image.width > image.height else (other, edge)",
+        "size = (edge, other) if width <= height else (other, edge)",
+        "size = (edge, other) if width > height else (other, edge)",
+        "test_pictures.py",
+    ),
+    (
+        "the way back to the photo forgets the crop",
+        "vision.py",
+        "+ np.tile([left, top], 2)",
+        "+ 0 * np.tile([left, top], 2)",
+        "test_pictures.py",
+    ),
+    (
+        "the way back to the photo forgets the margin",
+        "vision.py",
+        "- np.tile(margin, 2)",
+        "- 0 * np.tile(margin, 2)",
         "test_pictures.py",
     ),
     (
@@ -203,7 +217,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
         "T16 a chunk sees its own future",
         "llama.py",
         "mask = key <= query  # (T, S)",
-        "mask = key < S + 0 * query  # (T, S)",
+        "mask = key < len(key) + 0 * query  # (T, S)",
         "test_cache.py",
     ),
     (
@@ -536,7 +550,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
 
 def plant(folder, file, right, wrong):
     """Copy the repository to a folder and change one place of it."""
-    keep = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "notebooks")
+    keep = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache")
     shutil.copytree(ROOT, folder, ignore=keep, dirs_exist_ok=True)
     source = (folder / file).read_text()
     if source.count(right) != 1:

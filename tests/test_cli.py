@@ -278,7 +278,8 @@ def test_defaults():
         "image": [], "prompt": "Describe the image.", "model": "llava-hf/llava-1.5-7b-hf", "revision": None, "device": "auto",
         "dtype": "auto", "quantize": None, "compile": False, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0,
         "top_k": None, "num_beams": 1, "seed": None,
-        "pad": None, "system": None, "show_prompt": False, "chat": False, "each": False, "choices": None,
+        "pad": None, "system": None, "show_prompt": False, "trace": False, "explain": None, "chat": False, "each": False,
+        "choices": None,
     }  # fmt: skip
 
 

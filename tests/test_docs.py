@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "tiny/README.md", "tests/fuzz/README.md")
 DOCUMENTS = [name for name in PAGES if (ROOT / name).exists()]
 DOCUMENTS += sorted(str(file.relative_to(ROOT)) for folder in ("docs", "benchmarks") for file in (ROOT / folder).glob("*.md"))
-SCRIPTS = sorted(file for folder in (".", "tiny", "tests", "benchmarks") for file in (ROOT / folder).glob("*.py"))
+FOLDERS = (".", "tiny", "tests", "benchmarks", "notebooks", "docs")
+SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))
 
 
 def text(document):
@@ -87,6 +88,7 @@ COMMANDS = [example for example in [*EXAMPLES, *docstring_examples()] if example
 
 LONG = (  # not run by each test: what it is, and that it would start, is checked
     r"\.ci/run", r"pytest\b(?! tests/test_docs).*", r"ruff .*", r"source .*", r"python benchmarks/.*",
+    r"pip install .*", r"python notebooks/(run|own_data)\.py.*", r"python llava\.py .*--explain .*",
     r"python tests/(mutations|fuzz/fuzz)\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
 )  # fmt: skip
 
@@ -239,8 +241,8 @@ def memory_row(name, folder):
 
 
 def pins():
-    """{package: version} of both files of requirements."""
-    lines = (ROOT / "requirements.txt").read_text().split() + (ROOT / "requirements-dev.txt").read_text().split()
+    """{package: version} of all files of requirements."""
+    lines = "".join((ROOT / f"requirements{end}.txt").read_text() for end in ("", "-notebooks", "-dev")).split()
     return dict(line.split("==") for line in lines if "==" in line)
 
 

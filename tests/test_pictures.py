@@ -638,3 +638,32 @@ def test_a_thin_picture_can_be_padded_unless_the_square_is_huge():
     assert vision.preprocess(Image.new("RGB", (1, 2000)), preprocess_config(PUBLISHED), pad=True).shape == (3, 336, 336)
     with pytest.raises(ValueError, match="a picture of 1 x 50000 pixels is too long for a square"):
         vision.preprocess(Image.new("RGB", (1, 50000)), preprocess_config(PUBLISHED), pad=True)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("size", [(90, 60), (61, 128), (75, 75), (301, 97)])
+def test_the_way_back_from_a_patch_to_the_photo(size, pad):
+    """Whiten a box on a black photo, and it is that patch which turns white, whatever crop or margin lies between."""
+    config, grid = vision.PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), 7
+    boxes = vision.patch_boxes(*size, grid, config, pad)
+    assert boxes.shape == (grid**2, 4)
+    seen = 0
+    for patch in range(grid**2):
+        left, top, right, bottom = boxes[patch]
+        if min(left, top) < 0 or right > size[0] or bottom > size[1]:  # partly on the margin
+            continue
+        photo = Image.new("RGB", size)
+        photo.paste((255, 255, 255), tuple(round(edge) for edge in (left, top, right, bottom)))
+        light = vision.preprocess(photo, config, pad)[0].unfold(0, 8, 8).unfold(1, 8, 8).mean((2, 3)).flatten()
+        if pad:  # the margin is of a middling grey
+            outside = (boxes[:, 0] < 0) | (boxes[:, 1] < 0) | (boxes[:, 2] > size[0]) | (boxes[:, 3] > size[1])
+            light[torch.from_numpy(outside)] = light.min()
+        assert light.argmax() == patch
+        seen += 1
+    assert seen >= (grid if pad else grid**2)
+
+
+def test_the_kept_part_and_the_margin_of_the_photo():
+    config = vision.PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    assert vision.patch_boxes(112, 224, 7, config)[[0, -1]].tolist() == [[0, 56, 16, 72], [96, 152, 112, 168]]
+    assert vision.patch_boxes(112, 224, 7, config, pad=True)[[0, -1]].tolist() == [[-56, 0, -24, 32], [136, 192, 168, 224]]

@@ -102,6 +102,7 @@ def scenario():
     tall = dataclasses.replace(vision.PreprocessConfig(), size={"shortest_edge": 50}, crop_size={"height": 40, "width": 26})
     vision.preprocess(Image.new("RGB", (60, 90)), tall)
     vision.preprocess(Image.new("RGBA", (70, 50)), tall, pad=True)
+    vision.patch_boxes(60, 90, TOWER.image_size // TOWER.patch_size, tall)
 
     model(prompts, pixels, mask, labels=prompts, output_attentions=True, output_hidden_states=True)
     model(prompts, pixels, torch.tensor([[1] * 8 + [0], [1] * 9, [1] * 9]))  # padded on the right

@@ -1,0 +1,277 @@
+"""Behind --trace and --explain of llava.py: what happened inside while it answered, as a table on stderr and as a page.
+
+    python llava.py --model tiny --image tiny/scene.png --trace
+    python llava.py --model tiny --image tiny/scene.png --explain page.html
+
+The answer is computed as ever, and hooks only note shapes and times on the way. Afterwards the KV cache is taken back to where
+the question begins, and question and answer are read once more in one chunk, this time with the attention weights written down.
+So no picture is encoded twice, and no more is held than the weights of those few words.
+
+    letter   meaning
+    N, P     pictures, patches of a picture
+    R        the words that are read again: the question's, then the answer's
+    L, A     blocks of the decoder, heads of a block
+"""
+
+import base64
+import html
+import io
+import json
+import os
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import ImageStat
+
+import lens
+import vision
+
+TEMPLATE = Path(__file__).with_name("explain.html")
+LEVELS = 15  # of light that a patch can have on the page, above none
+ROOM = 4_000_000  # patches that the page's views may hold in all, before they are compressed
+WIDEST = 800  # pixels of a picture on the page
+ALTERNATIVES = 5
+DARK = 85  # below this mean brightness, of 255, a picture is veiled in white
+
+
+def check(options):
+    """Refuse what cannot be shown, before anything is loaded."""
+    if options.chat or options.each or options.choices or options.num_beams > 1:
+        raise ValueError("--trace and --explain look into a single answer: leave out --chat, --each, --choices and --num-beams")
+    if options.compile or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--trace and --explain listen to each module of one process: leave out --compile, and torchrun")
+    if options.explain is not None:
+        page = Path(options.explain)
+        if page.is_dir() or not page.parent.is_dir():
+            raise ValueError(f"{page} cannot be written: give the name of a file in a folder that is there")
+
+
+def watch(model, processor, options, images, talk, pieces):
+    """Yield the pieces of an answer as they come. When it is complete, print the trace and write the page, as asked."""
+    record = Record(model)
+    with record:
+        yield from pieces
+    if options.trace:
+        print(table(record), file=sys.stderr)
+    if options.explain is not None:
+        said = talk.ids[: len(record.steps)]
+        Path(options.explain).write_text(page(model, processor, options, images, record, said), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Noting
+
+
+@dataclass
+class Stage:
+    """One line of the table."""
+
+    name: str
+    shape: tuple
+    dtype: str
+    ms: float | None
+    bytes: int
+
+
+class Record:
+    """Notes, for as long as it is open, what a model computes: the stages of the first pass, and each step's time and logits."""
+
+    def __init__(self, model):
+        self.model, self.stages, self.steps, self.logits, self.ids, self.kv_cache = model, [], [], [], None, None
+        self.heard = lens.hear(model, self.note)
+
+    def __enter__(self):
+        self.heard.__enter__()
+        self.hooks = [
+            self.model.register_forward_pre_hook(self.first, with_kwargs=True),
+            self.model.llama.register_forward_pre_hook(self.before),
+            self.model.llama.head.register_forward_hook(self.after),
+        ]
+        self.last = time.perf_counter()
+        return self
+
+    def __exit__(self, *error):
+        self.heard.__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+    def lap(self):
+        """Milliseconds since it was asked last."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        last, self.last = self.last, time.perf_counter()
+        return 1000 * (self.last - last)
+
+    def note(self, name, tensor):
+        if not self.steps and name[-1] not in "qkv":
+            self.stages.append(Stage(name, tuple(tensor.shape), written_dtype(tensor), self.lap(), tensor.nbytes))
+
+    def first(self, model, args, kwargs):
+        """The pass over the prompt, whose ids and pixels llava.Llava.steps gives by position."""
+        self.ids, self.kv_cache = model.expanded(*args[:2])[0], kwargs["kv_cache"]
+        self.note("ids", self.ids)
+        if args[1] is not None:
+            self.note("pixels", args[1])
+
+    def before(self, module, args):
+        self.lap()
+        self.began = self.last
+
+    def after(self, module, args, logits):
+        self.lap()
+        self.steps.append(1000 * (self.last - self.began))
+        self.logits.append(logits[0, -1].float().cpu())
+
+
+def written_dtype(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def lines(record):
+    """The table's cells: the stages of the first pass, then the later steps on average, and the cache that they went on from."""
+    stages, steps = list(record.stages), record.steps[1:]
+    if steps:
+        last = stages[-1]  # the logits, of one position here as there
+        stages.append(Stage(f"each of {len(steps)} steps", last.shape, last.dtype, sum(steps) / len(steps), last.bytes))
+    keys = record.kv_cache["keys.0"]
+    shape, size = (len(record.model.llama.blocks), 2, *keys.shape), sum(tensor.nbytes for tensor in record.kv_cache.values())
+    stages.append(Stage("kv_cache", shape, written_dtype(keys), None, size))
+    for stage in stages:
+        ms = "" if stage.ms is None else f"{stage.ms:.1f}"
+        yield stage.name, f"({', '.join(map(str, stage.shape))})", stage.dtype, ms, f"{stage.bytes:,}"
+
+
+def table(record):
+    """The trace as text."""
+    rows = [("stage", "shape", "dtype", "ms", "bytes"), *lines(record)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{'<' if i < 3 else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row) for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where each word looked
+
+
+@torch.no_grad()
+def attention_on_pictures(model, ids, kv_cache, said):
+    """Read question and answer again → attention on the pictures' patches (L, A, R, N * P), and how many of R are the question's.
+
+    The last of the question's words chooses the answer's first one, and so on: word i of the answer was chosen at row
+    question - 1 + i.
+    """
+    columns = lens.image_positions(model, ids).flatten()
+    first = int(columns[-1]) + 1
+    kv_cache["length"].fill_(first)
+    words = torch.cat([ids[0, first:], torch.tensor(said[:-1], dtype=ids.dtype, device=ids.device)])
+    out = model(inputs_embeds=model.llama.embed(words[None]), kv_cache=kv_cache, output_attentions=True)
+    weights = torch.stack([layer[0, :, :, columns].float().cpu() for layer in out.attentions])  # (L, A, R, N * P)
+    return weights, ids.shape[1] - first
+
+
+def views(weights, question):
+    """What the page can show: yields (layer or None, head or None, sinks left in?, (words of the answer, N * P)).
+
+    All of it averaged; the same with its sinks; each layer averaged; then as many heads of each layer as there is room for, those
+    first that look at the pictures most.
+    """
+    L, _, R, columns = weights.shape
+    answer = slice(question - 1, R)
+    mean = weights.mean((0, 1))
+    yield None, None, False, lens.without_sinks(mean)[answer]
+    yield None, None, True, mean[answer]
+    for layer in range(L):
+        yield layer, None, False, lens.without_sinks(weights[layer].mean(0))[answer]
+    room = ROOM // ((R - question + 1) * columns * L) - 1
+    for layer in range(L):
+        most = weights[layer].sum((1, 2)).argsort(descending=True)[: max(1, room)]
+        for head in sorted(most.tolist()):
+            yield layer, head, False, lens.without_sinks(weights[layer, head])[answer]
+
+
+def levels(view):
+    """A view as bytes, 0 … LEVELS, by the square root: half the light is a quarter of the attention, so that little shows."""
+    return (LEVELS * (view / view.max().clamp(min=1e-12)).sqrt()).round().to(torch.uint8).numpy().tobytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def page(model, processor, options, images, record, said):
+    """The page as a string, with everything in it: the template's marks are replaced, and nothing is fetched."""
+    data = {"words": words(processor, record, said), "levels": LEVELS, "views": [], "maps": "", "pictures": []}
+    if images:
+        weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said)
+        shown = list(views(weights, question))
+        data["views"] = [[layer, head, sinks] for layer, head, sinks, _ in shown]
+        data["maps"] = encoded(zlib.compress(b"".join(levels(view) for *_, view in shown), 9))
+        data["pictures"] = [picture(image, model, processor, options) for image in images]
+        share = weights[:, :, question - 1 :].sum(-1).mean((0, 1))
+        for word, part in zip(data["words"], share.tolist(), strict=True):
+            word["share"] = round(part, 4)
+    marks = {
+        "title": "Where it looked",
+        "model": options.model,
+        "question": options.prompt,
+        "answer": processor.decode(said),
+        "stages": "\n".join(f"<tr><th scope=row>{'<td>'.join(map(html.escape, row))}" for row in lines(record)),
+        "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for mark, value in marks.items():
+        text = text.replace(f"%%{mark}%%", value if mark in ("stages", "data") else html.escape(value))
+    return text
+
+
+def words(processor, record, said):
+    """For each token of the answer its text, its probability and the likeliest others, as the model itself had them: before
+    temperature, top-k and top-p."""
+    found, shown = [], 0
+    for i, (token, logits) in enumerate(zip(said, record.logits, strict=True)):
+        probabilities = logits.softmax(-1)
+        others = [int(other) for other in probabilities.topk(ALTERNATIVES + 1).indices if other != token][:ALTERNATIVES]
+        text, piece = processor.decode(said[: i + 1]), ""
+        if not text.endswith("\ufffd"):  # as in llama.Tokenizer.stream: the bytes of a character wait for the rest
+            piece, shown = text[shown:].replace("\ufffd", ""), len(text)
+        found.append({
+            "text": piece or written(processor, token),
+            "end": token in record.model.config.eos_token_ids,
+            "p": float(f"{probabilities[token]:.3g}"),
+            "others": [[written(processor, other), float(f"{probabilities[other]:.3g}")] for other in others],
+        })  # fmt: skip
+    return found
+
+
+def written(processor, token):
+    """A token by itself, as it stands in the vocabulary, a space for the sign that stands for one."""
+    return (processor.tokenizer.bpe.id_to_token(token) or f"id {token}").replace("▁", " ")
+
+
+def picture(image, model, processor, options):
+    """A picture for the page: small enough, and where the part that the model saw lies on it, in fractions of its sides."""
+    boxes = vision.patch_boxes(*image.size, model.vision.grid, processor.preprocess_config, options.pad)
+    left, top, right, bottom = (*boxes[0][:2], *boxes[-1][2:])
+    small = image.copy()
+    small.thumbnail((WIDEST, WIDEST))
+    plain = io.BytesIO(), io.BytesIO()
+    small.save(plain[0], "PNG", optimize=True)
+    small.save(plain[1], "JPEG", quality=80)
+    kind, file = min(zip(("png", "jpeg"), plain, strict=True), key=lambda pair: len(pair[1].getvalue()))
+    seen = [left / image.width, top / image.height, right / image.width, bottom / image.height]
+    return {
+        "src": f"data:image/{kind};base64,{encoded(file.getvalue())}",
+        "width": image.width,
+        "height": image.height,
+        "seen": [round(float(edge), 6) for edge in seen],
+        "grid": model.vision.grid,
+        "veil": "#000" if ImageStat.Stat(small.convert("L")).mean[0] > DARK else "#fff",
+    }
+
+
+def encoded(data):
+    return base64.b64encode(data).decode()

@@ -1,0 +1,157 @@
+"""Looking inside a LLaVA from outside: what passes through it, heard by hooks, and what can be read from that.
+
+    stages = trace(model, **processor.chat([("user", "What is there?")], [image]))  # {"vision.0": tensor, ...}
+
+The modules know nothing of this. Stages are named as in tests/parity.py, and a test holds the two against each other:
+
+    ids, pixels            what goes in, the image token once for each patch
+    vision.0 … vision.i    the tower's embedding, then the output of each block that is run
+    projector, merge       the picture as words; the whole prompt as embeddings
+    llama.1 … llama.i      the output of each block of the decoder, the last one after the final norm
+    attention.1 …          who looked at whom in that block
+    logits
+    vision.i.q, llama.i.q  and k, v: what a block's queries, keys and values are before heads and rotation
+"""
+
+import contextlib
+
+import torch
+
+# ----------------------------------------------------------------------------------------------------------------
+# Hearing
+
+
+@contextlib.contextmanager
+def hear(model, note):
+    """Within it, note(name, tensor) is called as soon as a stage is computed."""
+    hooks = []
+
+    def after(module, name, part=None):
+        def hook(module, args, output):
+            output = output if part is None else output[part]
+            if output is not None:
+                note(name, output)
+
+        hooks.append(module.register_forward_hook(hook))
+
+    def before(module, args):
+        note("merge", args[0])
+
+    after(model.vision.pre_norm, "vision.0")
+    for i, block in enumerate(model.vision.blocks, start=1):
+        for letter in "qkv":
+            after(getattr(block.attention, f"w{letter}"), f"vision.{i}.{letter}")
+        after(block, f"vision.{i}")
+    after(model.projector, "projector")
+    hooks.append(model.llama.register_forward_pre_hook(before))
+    last = len(model.llama.blocks)
+    for i, block in enumerate(model.llama.blocks, start=1):
+        for letter in "qkv":
+            after(getattr(block.attention, f"w{letter}"), f"llama.{i}.{letter}")
+        after(block.attention, f"attention.{i}", part=1)
+        if i < last:
+            after(block, f"llama.{i}", part=0)
+    after(model.llama.norm, f"llama.{last}")
+    after(model.llama.head, "logits")
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def trace(model, **inputs):
+    """One forward pass → {stage: tensor}, in the order in which they were computed. inputs: those of Llava.forward."""
+    found = {}
+    if inputs.get("input_ids") is not None:
+        ids = inputs["input_ids"], inputs.get("pixel_values"), inputs.get("attention_mask"), inputs.get("kv_cache")
+        found["ids"] = model.expanded(*ids)[0]
+    if inputs.get("pixel_values") is not None:
+        found["pixels"] = inputs["pixel_values"]
+    with hear(model, found.__setitem__):
+        model(**{"output_attentions": True, **inputs})
+    return found
+
+
+@contextlib.contextmanager
+def patched(module, change):
+    """Within it, what the module puts out is what `change` makes of it: activation patching."""
+    hook = module.register_forward_hook(lambda module, args, output: change(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def image_positions(model, ids):
+    """Where the patches of each picture stand in one row of expanded ids (1, T) → (N, P). A class token is left out."""
+    patches = model.vision.grid**2
+    extra = int(model.config.vision_feature_select_strategy == "full")
+    return (ids[0] == model.config.image_token_index).nonzero()[:, 0].view(-1, extra + patches)[:, extra:]
+
+
+def without_sinks(weights):
+    """Attention of words on patches (…, words, P) → how much more each word looks there than the words do on average.
+
+    Some patches draw the attention of every word, whatever is on them (Xiao et al. 2023 call such positions sinks; Darcet et al.
+    2023 find them in vision towers). What all words share says nothing about one of them: their mean is taken away, and
+    what falls below it counts as 0.
+    """
+    return (weights - weights.mean(-2, keepdim=True)).clamp(min=0)
+
+
+def rollout(attentions):
+    """Attention through all layers, (B, heads, T, S) each with T = S → (B, T, S): the product of the layers' (A + I) / 2.
+
+    Abnar and Zuidema 2020, section 3: A is the mean over the heads, I stands for what a block adds its output to.
+    """
+    flow = torch.eye(attentions[0].shape[-1], dtype=attentions[0].dtype, device=attentions[0].device)
+    for weights in attentions:
+        flow = (weights.mean(1) + torch.eye(weights.shape[-1], dtype=weights.dtype, device=weights.device)) / 2 @ flow
+    return flow
+
+
+def logit_lens(model, state):
+    """What a hidden state (…, D) would say if the decoder ended here: its logits (…, V) (nostalgebraist 2020)."""
+    return model.llama.head(model.llama.norm(state))
+
+
+@torch.no_grad()
+def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
+    """What each place is worth to an answer (a list of ids): the fall of its log-probability when it is covered → (P,).
+
+    reach: how many patches around each one are covered with it. fill: what is painted there, as a pixel value; None: the
+    picture's median colour, which is as good as background. (Zeiler and Fergus 2014, section 4.2.)
+    """
+    grid, size = model.vision.grid, model.config.vision_config.patch_size
+    if fill is None:
+        fill = pixel_values[0].flatten(1).median(1).values[:, None, None]
+    whole = model.score([answer], input_ids, pixel_values)[0]
+    falls = []
+    for patch in range(grid**2):
+        rows, columns = (slice(max(0, i - reach) * size, (i + reach + 1) * size) for i in divmod(patch, grid))
+        covered = pixel_values.clone()
+        covered[0, :, rows, columns] = fill
+        falls.append(whole - model.score([answer], input_ids, covered)[0])
+    return torch.stack(falls)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Showing
+
+
+def heat(ax, image, values, boxes, title="", limit=None):
+    """Lay one value for each patch (P,) over the picture. boxes: from vision.patch_boxes. Below 0 is blue, above it red."""
+    values = torch.as_tensor(values).float().cpu()
+    grid = round(len(values) ** 0.5)
+    limit = limit or max(values.abs().max().item(), 1e-9)
+    ax.imshow(image.convert("L"), cmap="gray", vmin=-200, vmax=300)
+    (left, top), (right, bottom) = boxes[0][:2], boxes[-1][2:]
+    ax.imshow(values.view(grid, grid), extent=(left, right, bottom, top), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+    ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9)
