@@ -98,7 +98,9 @@ def test_what_is_not_one_answer_is_refused(main, other, option, monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(llava, "load", lambda *_, **__: pytest.fail("loaded"))
     run = main("--model", "tiny", "--image", SCENE, *option, *other)
-    assert (run.status, run.out) == (2, "") and re.match("error: --trace and --explain (look into a single answer|listen to)", run.err)
+    assert (run.status, run.out) == (2, "") and re.match(
+        "error: --trace and --explain (look into a single answer|listen to)", run.err
+    )
     assert run.err.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
