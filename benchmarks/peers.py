@@ -33,6 +33,8 @@ SIDES = {  # name → (kind, settings)
     "ours bfloat16 compiled": ("ours", {"dtype": "bfloat16", "compile": True}),
     "ours int8": ("ours", {"dtype": "bfloat16", "quantize": "int8"}),
     "ours int4": ("ours", {"dtype": "bfloat16", "quantize": "int4"}),
+    "ours int8 compiled": ("ours", {"dtype": "bfloat16", "quantize": "int8", "compile": True}),
+    "ours int4 compiled": ("ours", {"dtype": "bfloat16", "quantize": "int4", "compile": True}),
     "llama.cpp BF16": ("llama.cpp", {"type": "BF16"}),
     "llama.cpp Q8_0": ("llama.cpp", {"type": "Q8_0"}),
     "llama.cpp Q4_0": ("llama.cpp", {"type": "Q4_0"}),

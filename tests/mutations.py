@@ -346,8 +346,8 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "key-value heads are dealt out in turn",
         "llama.py",
-        "scores = q.reshape(B, K, -1, E) @ k.transpose(2, 3)",
-        "scores = q.view(B, H // K, K, T, E).transpose(1, 2).reshape(B, K, -1, E) @ k.transpose(2, 3)",
+        "scores = q.to(dtype).reshape(B, K, -1, E) @ k.to(dtype).transpose(2, 3)",
+        "scores = q.to(dtype).view(B, H // K, K, T, E).transpose(1, 2).reshape(B, K, -1, E) @ k.to(dtype).transpose(2, 3)",
         "test_llama.py",
     ),
     (
