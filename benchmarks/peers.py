@@ -133,10 +133,9 @@ class LlamaCpp:
         import llama_cpp
 
         path = Path(folder) / f"{type}.gguf"
-        if not path.exists():
-            write_gguf(path, json.loads((Path(folder) / "config.json").read_text())["text_config"], type)
+        embedding = write_gguf(path, json.loads((Path(folder) / "config.json").read_text())["text_config"], type)
         self.model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=torch.get_num_threads(), verbose=False)
-        self.bytes = path.stat().st_size * 1.0
+        self.bytes = path.stat().st_size - embedding
 
     def decode(self, tokens, batch=1):
         self.model.reset()
@@ -156,7 +155,10 @@ def ours_inputs(config, words):
 
 
 def write_gguf(path, text, type):
-    """A llama for llama.cpp with the sizes of a text_config; one random matrix of each shape serves all layers."""
+    """A llama for llama.cpp with the sizes of a text_config; one random matrix of each shape serves all layers.
+
+    Returns the bytes of the embedding.
+    """
     import gguf
     import numpy as np
 
@@ -194,6 +196,7 @@ def write_gguf(path, text, type):
     matrix("output.weight", words, wide)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
     writer.close()
+    return made[words, wide].nbytes
 
 
 KINDS = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp}

@@ -118,8 +118,8 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T10 padding although nobody asked",
         "vision.py",
-        "if config.do_pad if pad is None else pad:",
-        "if config.do_pad if pad is False else True:",
+        "if config.do_pad if pad is None else pad:\n        image",
+        "if config.do_pad if pad is False else True:\n        image",
         "test_pictures.py",
     ),
     (

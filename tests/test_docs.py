@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import llama
 import llava
 import vision
 import weights
@@ -237,7 +238,15 @@ def memory_row(name, folder):
     """A row of the README's table."""
     weights, cache = memory(published(name, folder), 4096)
     weights, cache = weights / 1e9, cache / 1e9
-    return f"| {name} | {weights * 5e8:,.0f} | {weights * 2:.1f} | {weights:.1f} | {cache / 4096:.5f} | {cache:.2f} |"
+    int8, int4 = (quantized(published(name, folder), scheme) / 1e9 for scheme in ("int8", "int4"))
+    sizes = f"{weights * 2:.1f} | {weights:.1f} | {int8:.1f} | {int4:.1f}"
+    return f"| {name} | {weights * 5e8:,.0f} | {sizes} | {cache / 4096:.5f} | {cache:.2f} |"
+
+
+def quantized(model, scheme):
+    """The bytes of a model whose language model is quantised, the rest in 16 bits."""
+    llama.quantize_layers(model.llama, scheme, torch.float16)
+    return size(model) * 2 + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def pins():
