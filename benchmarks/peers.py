@@ -66,18 +66,21 @@ class Ours:
         return (marks[-1] - marks[0]) / tokens
 
     def prefill(self, words):
-        inputs = self.processor("USER: <image>\n" + "w9 " * words, picture())
+        inputs = self.inputs(words)
         begin = time.perf_counter()
         with torch.no_grad():
             self.model(**inputs, kv_cache=self.model.init_kv_cache(1, 1024), logits_to_keep=1)
         return time.perf_counter() - begin
 
+    def inputs(self, words):
+        """A picture and so many words, as many positions as transformers gets."""
+        ids = [1, self.processor.image_id, *[9] * words]
+        return {"input_ids": torch.tensor([ids]), "pixel_values": self.processor("<image>", picture())["pixel_values"]}
+
     def turns(self):
         """Seconds to the first token of two questions about one picture: the second goes on from the cache of the first."""
         cache, seconds = self.model.init_kv_cache(1, 1024), []
-        inputs = self.processor("USER: <image>\n" + "w9 " * 20, picture())
-        for more in (inputs, {"input_ids": torch.tensor([TEXT[:20]])}):
-            more.pop("attention_mask", None)
+        for more in (self.inputs(20), {"input_ids": torch.tensor([TEXT[:20]])}):
             begin = time.perf_counter()
             self.model.generate(**more, kv_cache=cache, max_new_tokens=1)
             seconds.append(time.perf_counter() - begin)
@@ -119,7 +122,7 @@ class Transformers:
         return (time.perf_counter() - begin) / (tokens + 1)
 
     def prefill(self, words):
-        inputs = ours_inputs(self.model.config, words)
+        inputs = expanded_inputs(self.model.config, words)
         begin = time.perf_counter()
         with torch.no_grad():
             self.model(**inputs, logits_to_keep=1)
@@ -146,7 +149,7 @@ class LlamaCpp:
         return (time.perf_counter() - begin) / tokens
 
 
-def ours_inputs(config, words):
+def expanded_inputs(config, words):
     """What transformers takes for the same prompt: a picture that has grown into its 576 places, then words."""
     size = config.vision_config.image_size
     ids = [1, *[config.image_token_id] * (size // config.vision_config.patch_size) ** 2, *[9] * words]
