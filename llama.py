@@ -314,7 +314,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x):
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).contiguous()
         packed = len(rows) <= self.FEW and rows.is_cpu and rows.dtype == torch.bfloat16 and self.has_kernel
         return (self.kernel(rows) if packed else self.plain(rows)).unflatten(0, x.shape[:-1])
 

@@ -64,6 +64,13 @@ def test_the_packed_kernel_is_the_plain_product(scheme, rows):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_last_positions_of_a_batch_are_a_product_too(scheme):
+    """They do not lie side by side in memory, which the kernels want."""
+    layer, x = quantized(scheme, torch.randn(128, 256), torch.bfloat16), torch.randn(3, 5, 256).bfloat16()
+    torch.testing.assert_close(layer(x[:, -1:]), layer(x[:, -1:].clone()))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_of_zeros_stay_zeros(scheme):
     layer = quantized(scheme, torch.zeros(64, 64), torch.bfloat16)
     assert torch.equal(layer(torch.ones(1, 64).bfloat16()), torch.zeros(1, 64).bfloat16())

@@ -1,0 +1,72 @@
+"""The parts of a step on a CPU, each timed alone: a matrix and one vector, and one query over a cache.
+
+    python benchmarks/parts.py
+    THP_MEM_ALLOC_ENABLE=0 python benchmarks/parts.py     # with pages of 4 kB
+"""
+
+import time
+
+import peers
+import torch
+import torch.nn.functional as F
+
+import llama
+
+
+def best(function, number=30):
+    """Seconds of one call, the best of some."""
+    function(0)
+    times = []
+    for i in range(number):
+        begin = time.perf_counter()
+        function(i)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def products(rows=11008, columns=4096, copies=8):
+    """Some matrices in turn, so that none of them is still in the processor's cache."""
+    x = torch.randn(1, columns).bfloat16()
+    weights = [torch.randn(rows, columns).bfloat16() for _ in range(copies)]
+    layers = {}
+    for scheme in llama.QUANTIZED:
+        with torch.device("meta"):
+            layers[scheme] = [llama.QUANTIZED[scheme](columns, rows, torch.bfloat16) for _ in range(copies)]
+        for layer, weight in zip(layers[scheme], weights, strict=True):
+            layer.quantize_(weight, "cpu")
+
+    def own(i):
+        with llama.matrix_times_vector(x):
+            F.linear(x, weights[i % copies])
+
+    sizes = {scheme: sum(buffer.nbytes for buffer in layers[scheme][0].buffers()) for scheme in layers}
+    half = [weight.half() for weight in weights]
+    yield "bfloat16, oneDNN's product", weights[0].nbytes, best(lambda i: F.linear(x, weights[i % copies]))
+    yield "bfloat16, torch's own", weights[0].nbytes, best(own)
+    yield "float16", half[0].nbytes, best(lambda i: F.linear(x.half(), half[i % copies]))
+    for scheme in layers:
+        yield scheme, sizes[scheme], best(lambda i, scheme=scheme: layers[scheme][i % copies](x))
+
+
+def attention(keys):
+    q = torch.randn(1, 32, 1, 128).bfloat16()
+    k, v = torch.randn(2, 1, 32, keys, 128).bfloat16()
+    mask = torch.ones(1, 1, 1, keys, dtype=torch.bool)
+    fused = best(lambda i: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    return fused, best(lambda i: llama.attend(q, k, v, mask))
+
+
+@torch.no_grad()
+def main():
+    print(f"{peers.machine()}; a sum reads {peers.bandwidth() / 1e9:.1f} GB/s\n\n| a matrix of 7B and one vector | ms | GB/s |")
+    print("|---|---|---|")
+    for name, size, seconds in products():
+        print(f"| {name} | {seconds * 1e3:.2f} | {size / seconds / 1e9:.1f} |")
+    print("\n| one query, 32 heads | the fused call, ms | two float32 products, ms |\n|---|---|---|")
+    for keys in (100, 700):
+        fused, written = attention(keys)
+        print(f"| {keys} keys | {fused * 1e3:.2f} | {written * 1e3:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
