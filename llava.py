@@ -587,7 +587,7 @@ class RecordedStep:
     WINDOW = 256
 
     def __init__(self, model):
-        self.plain, self.llama = model.step, model.llama
+        self.plain = model.step
         if model.device.type == "cpu":
             blocks = [torch.compile(block, dynamic=False) for block in model.llama.blocks]  # all alike: compiled once
             self.run = partial(model.llama.run, blocks=blocks)

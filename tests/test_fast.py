@@ -154,7 +154,7 @@ def test_one_row_and_a_batch_go_the_same_way_in_bfloat16(checkpoints, family):
 def recorded(model, run=None):
     """A model whose step looks through a window, with the plain function in the place of the compiled one."""
     step = llava.RecordedStep.__new__(llava.RecordedStep)
-    step.plain, step.llama, step.run = model.step, model.llama, run or model.llama.run
+    step.plain, step.run = model.step, run or model.llama.run
     return step
 
 
