@@ -560,6 +560,12 @@ def plant(folder, file, right, wrong):
     (folder / file).write_text(source)
 
 
+def ours(path):
+    """Whether a path lies in this repository, and not in a virtual environment that happens to stand inside it."""
+    path = Path(path).resolve()
+    return path.is_relative_to(ROOT) and not path.is_relative_to(Path(sys.prefix).resolve())
+
+
 def start(folder, tests):
     """Run tests in a fork, in the given repository, until the first fails → the fork's process id."""
     child = os.fork()
@@ -573,9 +579,9 @@ def start(folder, tests):
         os.dup2(out, 2)
         os.chdir(folder)
         for name, module in list(sys.modules.items()):  # what came from here must come from there
-            if name != "__main__" and (getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}"):
+            if name != "__main__" and ours(getattr(module, "__file__", None) or ""):
                 del sys.modules[name]
-        sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not path.startswith(str(ROOT))]]
+        sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not ours(path)]]
         import pytest
 
         class Note:
