@@ -299,24 +299,73 @@ class Llama(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Fewer bits. A step multiplies one vector by every matrix, so it takes as long as reading them: the matrices are kept as small
-# whole numbers and a scale. What is multiplied with them keeps its precision.
+# Matrices for answers alone. A step multiplies one vector by every matrix, so it takes as long as reading them: they are laid
+# out in the order in which a CPU reads them fastest, or kept as small whole numbers and a scale. What is multiplied with them
+# keeps its precision. None of these layers can be trained or saved.
+
+
+class PackedLinear(nn.Module):
+    """x Wᵀ + b for a W that lies in memory as oneDNN wants it, torch's library for products on a CPU. The same numbers."""
+
+    def __init__(self, in_features, out_features, dtype, bias=False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("w", torch.empty(out_features, in_features, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
+
+    def keep(self, weight, device):
+        self.w = torch.ops.mkldnn._reorder_linear_weight(weight.to(device, self.w.dtype), 1)
+
+    def forward(self, x):
+        return packed_product(x, self.w, self.bias)
+
+    @staticmethod
+    def works(dtype):
+        """Whether this machine has the product for a dtype."""
+        there = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+        return dtype in there and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, there[dtype])()
+
+
+# Operators of our own around those of torch, since torch.compile takes such a matrix from nobody else.
+
+
+@torch.library.custom_op("llava::packed_product", mutates_args=())
+def packed_product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b for a W (outputs, inputs) that is packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
+@torch.library.custom_op("llava::packed_whole_product", mutates_args=())
+def packed_whole_product(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(x - 128) Wᵀ · scale, float32, for rows x in uint8 and a W (outputs, inputs) in int8 that is packed."""
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, w, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+@packed_product.register_fake
+def _(x, w, bias):
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+@packed_whole_product.register_fake
+def _(x, w, scale):
+    return x.new_empty(len(x), len(scale), dtype=torch.float32)
 
 
 class QuantizedLinear(nn.Module):
     """x Wᵀ for a W that is kept in whole numbers; its two kinds say how."""
 
-    FEW = 32  # rows of x, up to which the packed kernel is faster than the plain product
     ROWS = 512  # rows of W that are written out at a time
 
     def __init__(self, in_features, out_features):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.fast = False  # whether the numbers lie as the kernel wants them
 
     def forward(self, x):
         rows = x.flatten(0, -2).contiguous()
-        packed = len(rows) <= self.FEW and rows.is_cpu and rows.dtype == torch.bfloat16 and self.has_kernel
-        return (self.kernel(rows) if packed else self.plain(rows)).unflatten(0, x.shape[:-1])
+        product = self.kernel if self.fast and len(rows) <= self.MOST else self.plain
+        return product(rows).unflatten(0, x.shape[:-1])
 
     def plain(self, x):
         """The same product with W written out. A CPU keeps some rows of it in its cache, where the product finds them again."""
@@ -324,18 +373,23 @@ class QuantizedLinear(nn.Module):
         parts = [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
         return torch.cat([self.product(x, start, end) for start, end in parts], dim=-1)
 
-    def quantize_(self, weight, device):
+    def keep(self, weight, device):
         """Keep a matrix (outputs, inputs) of any dtype, some rows at a time, so that little memory is needed beside it."""
         parts = [self.rounded(rows.float()) for rows in weight.split(self.ROWS)]
         for name, dim in (("q", 0), ("scale", self.ROWS_OF_SCALE)):
             self.register_buffer(name, torch.cat([part[name] for part in parts], dim).to(device))
+        if torch.device(device).type == "cpu" and self.works(self.scale.dtype):
+            self.pack()
 
 
 class Int8Linear(QuantizedLinear):
-    """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output."""
+    """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output.
 
-    ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
-    has_kernel = True
+    The kernel multiplies nothing but whole numbers, 64 at once, and is exact. So x is written in them, too, in two rows for
+    each: x ≈ (high + low / 254) · size, where both are in -127 … 127. That is finer than 16-bit floats are.
+    """
+
+    MOST, ROWS_OF_SCALE = math.inf, 0  # rows of x that the kernel is fast for; the dimension of `scale` that counts rows
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__(in_features, out_features)
@@ -350,8 +404,20 @@ class Int8Linear(QuantizedLinear):
     def product(self, x, start, end):
         return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
 
+    def works(self, dtype):
+        return dtype.itemsize == 2 and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+    def pack(self):
+        self.q, self.scale, self.fast = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), True
+
     def kernel(self, x):
-        return torch._weight_int8pack_mm(x, self.q, self.scale)
+        size = at_least_tiny(x.abs().amax(1, keepdim=True)) / 127  # one for each row
+        y = x / size
+        high = y.round()
+        low = (y - high) * 254
+        whole = torch.cat([high, low.round()]).add(128).to(torch.uint8)  # the kernel subtracts the 128 again
+        high, low = packed_whole_product(whole, self.q, self.scale).chunk(2)
+        return ((high + low / 254) * size).to(x.dtype)
 
 
 class Int4Linear(QuantizedLinear):
@@ -361,17 +427,13 @@ class Int4Linear(QuantizedLinear):
     (inputs / 64, outputs, 2). Both 64s are smaller where a width is not divisible by them, and there is no kernel then.
     """
 
-    ROWS_OF_SCALE = 1
+    MOST, ROWS_OF_SCALE = 32, 1
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__(in_features, out_features)
         self.group, self.block = math.gcd(in_features, 64), math.gcd(out_features, 64)
         self.register_buffer("q", torch.empty(out_features // self.block, in_features, self.block // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(in_features // self.group, out_features, 2, dtype=dtype))
-
-    @property
-    def has_kernel(self):
-        return self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
     def rounded(self, weight):
         groups = weight.unflatten(1, (-1, self.group))
@@ -389,6 +451,12 @@ class Int4Linear(QuantizedLinear):
         scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
         return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
 
+    def works(self, dtype):
+        return dtype == torch.bfloat16 and self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+    def pack(self):
+        self.fast = True  # it lies like that already
+
     def kernel(self, x):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.out_features, -1), self.group, self.scale)
 
@@ -405,11 +473,17 @@ def quantize_layers(model, scheme, dtype):
     """Put Int8Linear or Int4Linear in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
     if scheme not in QUANTIZED:
         raise ValueError(f"quantize is {scheme!r}, and must be {' or '.join(QUANTIZED)}")
+    replace_layers(model, QUANTIZED[scheme], dtype)
+
+
+def replace_layers(model, kind, dtype):
+    """Put a layer of another kind in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
+                bias = {} if layer.bias is None else {"bias": True}
                 with torch.device("meta"):
-                    setattr(parent, name, QUANTIZED[scheme](layer.in_features, layer.out_features, dtype))
+                    setattr(parent, name, kind(layer.in_features, layer.out_features, dtype, **bias))
 
 
 @contextlib.contextmanager
@@ -561,6 +635,7 @@ def sample(logits, temperature=0.0, top_k=None, top_p=1.0, generator=None):
 
     temperature 0 takes the likeliest. Above it, one is drawn from the filtered distribution.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature < 1e-6:  # next to 0 it is the same, and dividing by it would overflow
         return logits.argmax(-1)
     probabilities = filtered(logits.float(), temperature, top_k, top_p).softmax(-1)

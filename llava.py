@@ -388,8 +388,8 @@ class Llava(nn.Module):
         """
         if type(n) is not int or n < 1:
             raise ValueError(f"the vocabulary cannot have {n!r} rows: give a whole number of at least 1")
-        if isinstance(self.llama.head, llama.QuantizedLinear):
-            raise ValueError("a quantised model cannot be resized: load it without quantize")
+        if not isinstance(self.llama.head, nn.Linear):
+            raise ValueError("a quantised or packed model cannot be resized: load it without quantize, compile or inference mode")
 
         def resized(weight):
             rows, new = weight.float(), max(0, n - len(weight))
@@ -425,7 +425,8 @@ def next_token_loss(logits, labels):
 
 def check_finite(x, stage):
     """Return x, or say at which stage numbers went out of range, before they become an answer of exclamation marks."""
-    if not x.isfinite().all():
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # one number is looked at faster than all of them
+    if not (total.isfinite() or x.isfinite().all()):
         raise ValueError(f"{stage} are not finite in {x.dtype}: use a dtype of wider range, bfloat16 or float32")
     return x
 
@@ -547,8 +548,9 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
 
     model: a folder, "tiny", or a Hub id, which is downloaded once. device: "auto", "cpu", "cuda", "cuda:1", "mps".
     dtype: a torch dtype, its name, or "auto": on a GPU what the checkpoint is stored in, on a CPU what is fastest there.
-    quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step. In a
-    process group of torch.distributed each process gets its part of the language model.
+    quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step. With it, and
+    under torch.inference_mode(), a CPU's matrices are packed: faster, but they can be neither trained nor saved. In a process
+    group of torch.distributed each process gets its part of the language model.
     Raises ValueError or OSError with a finished sentence; nothing is read before everything is checked.
     """
     device = pick_device(device)
@@ -563,12 +565,16 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     found = weights.scan(llava, folder)
     if dtype == "auto":
         dtype = fastest_dtype(llava, device, weights.main_dtype(found, llava), quantize)
+    packed = compile or torch.is_inference_mode_enabled()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if quantize or compile:
             raise ValueError("a model that is split over several processes is neither quantised nor compiled: leave these out")
         llama.split(llava.llama, device)
+        packed = False
     if quantize is not None:
         llama.quantize_layers(llava.llama, quantize, dtype)
+    if packed and device.type == "cpu" and llama.PackedLinear.works(dtype):
+        llama.replace_layers(llava, llama.PackedLinear, dtype)
     check_memory(llava, device, dtype)
     weights.read(llava, found, dtype, device)
     if compile:
@@ -630,7 +636,9 @@ class CudaGraph:
 
 
 def check_compiler(device):
-    """torch.compile writes C++ for a CPU."""
+    """Raise ValueError where a step cannot be recorded: torch.compile writes C++ for a CPU."""
+    if device.type == "mps":
+        raise ValueError("compile works on a CPU and on CUDA, not on mps: leave it out")
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name):
         raise ValueError("compile needs a C++ compiler on a CPU, and there is none: install g++ or leave it out")
 
@@ -801,7 +809,8 @@ def run(options):
         join(options)
     images = [] if options.each else [open_named(name) for name in options.image]
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
-    model, processor = load(options.model, **settings, revision=options.revision)
+    with torch.inference_mode():  # nothing here is trained
+        model, processor = load(options.model, **settings, revision=options.revision)
     if model.config.description:
         notice(model.config.description)
     if options.chat:

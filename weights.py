@@ -487,6 +487,7 @@ def main_dtype(found, model):
     return max(sizes, key=sizes.get)
 
 
+@torch.inference_mode(False)  # ordinary tensors, whatever mode load is called in
 def read(model, found, dtype, device):
     """Put the numbers that scan found into a model on the meta device, one tensor at a time, cast to dtype on the device."""
     state, expected = {}, model.state_dict()
@@ -496,8 +497,8 @@ def read(model, found, dtype, device):
         with safe_open(file, framework="pt") as tensors:
             numbers = read_part(tensors, name, expected.get(ours))
             layer = model.get_submodule(ours.rpartition(".")[0])
-            if hasattr(layer, "quantize_"):
-                layer.quantize_(numbers, device)
+            if hasattr(layer, "keep") and ours.endswith(".weight"):
+                layer.keep(numbers, device)
             else:
                 numbers = numbers.to(device, dtype, copy=True)
                 state[ours] = as_part(numbers, expected[ours])
@@ -507,7 +508,7 @@ def read(model, found, dtype, device):
     if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
         file, name, _ = found["llama.head.weight"]
         raise ValueError(f"{file}: tie_word_embeddings is true, but {name} differs from the embedding")
-    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # of quantised layers
+    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # those that layers keep
     model.load_state_dict(state, assign=True)
     if tied:  # assign makes two parameters of them
         model.llama.head.weight = model.llama.embed.weight
@@ -555,7 +556,7 @@ def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
     removed last of all.
     """
     if list(model.buffers()):
-        raise ValueError("a quantised model cannot be saved: the published layout has no place for it")
+        raise ValueError("a quantised or packed model cannot be saved: load it without quantize, compile or inference mode")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {translate(name, THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()}
     if is_tied(model):

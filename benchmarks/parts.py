@@ -28,12 +28,12 @@ def products(rows=11008, columns=4096, copies=8):
     """Some matrices in turn, so that none of them is still in the processor's cache."""
     x = torch.randn(1, columns).bfloat16()
     weights = [torch.randn(rows, columns).bfloat16() for _ in range(copies)]
-    layers = {}
-    for scheme in llama.QUANTIZED:
+    layers, kinds = {}, {"bfloat16, packed": llama.PackedLinear, **llama.QUANTIZED}
+    for scheme, kind in kinds.items():
         with torch.device("meta"):
-            layers[scheme] = [llama.QUANTIZED[scheme](columns, rows, torch.bfloat16) for _ in range(copies)]
+            layers[scheme] = [kind(columns, rows, torch.bfloat16) for _ in range(copies)]
         for layer, weight in zip(layers[scheme], weights, strict=True):
-            layer.quantize_(weight, "cpu")
+            layer.keep(weight, "cpu")
 
     def own(i):
         with llama.matrix_times_vector(x):

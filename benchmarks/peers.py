@@ -29,6 +29,7 @@ SIDES = {  # name → (kind, settings)
     BASE: ("transformers", {}),
     "transformers static, compiled": ("transformers", {"best": True}),
     "ours bfloat16": ("ours", {"dtype": "bfloat16"}),
+    "ours bfloat16 packed": ("ours", {"dtype": "bfloat16", "packed": True}),
     "ours float16": ("ours", {"dtype": "float16"}),
     "ours bfloat16 compiled": ("ours", {"dtype": "bfloat16", "compile": True}),
     "ours int8": ("ours", {"dtype": "bfloat16", "quantize": "int8"}),
@@ -53,8 +54,9 @@ def picture():
 
 
 class Ours:
-    def __init__(self, folder, **settings):
-        self.model, self.processor = llava.load(folder, device="cpu", **settings)
+    def __init__(self, folder, packed=False, **settings):
+        with torch.inference_mode(packed):  # as the command line does it
+            self.model, self.processor = llava.load(folder, device="cpu", **settings)
         # what a step reads: all weights of the language model but the embedding, of which it reads one row
         layers = [*self.model.llama.parameters(), *self.model.llama.buffers()]
         self.bytes = sum(tensor.nbytes for tensor in layers) - self.model.llama.embed.weight.nbytes

@@ -579,7 +579,7 @@ def start(folder, tests):
         os.dup2(out, 2)
         os.chdir(folder)
         for name, module in list(sys.modules.items()):  # what came from here must come from there
-            if name != "__main__" and ours(getattr(module, "__file__", None) or ""):
+            if name != "__main__" and ours(getattr(module, "__file__", None) or sys.prefix):
                 del sys.modules[name]
         sys.path[:] = [str(folder), str(folder / "tests"), *[path for path in sys.path if not ours(path)]]
         import pytest
