@@ -360,11 +360,11 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_features, out_features):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.fast = False  # whether the numbers lie as the kernel wants them
+        self.most = 0  # rows of x up to which there is a kernel that is faster than the plain product
 
     def forward(self, x):
         rows = x.flatten(0, -2).contiguous()
-        product = self.kernel if self.fast and len(rows) <= self.MOST else self.plain
+        product = self.kernel if len(rows) <= self.most else self.plain
         return product(rows).unflatten(0, x.shape[:-1])
 
     def plain(self, x):
@@ -378,18 +378,18 @@ class QuantizedLinear(nn.Module):
         parts = [self.rounded(rows.float()) for rows in weight.split(self.ROWS)]
         for name, dim in (("q", 0), ("scale", self.ROWS_OF_SCALE)):
             self.register_buffer(name, torch.cat([part[name] for part in parts], dim).to(device))
-        if torch.device(device).type == "cpu" and self.works(self.scale.dtype):
+        if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
             self.pack()
 
 
 class Int8Linear(QuantizedLinear):
     """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output.
 
-    The kernel multiplies nothing but whole numbers, 64 at once, and is exact. So x is written in them, too, in two rows for
-    each: x ≈ (high + low / 254) · size, where both are in -127 … 127. That is finer than 16-bit floats are.
+    A CPU with VNNI multiplies whole numbers, 64 at once, and exactly. So x is written in them, too, in two rows for each:
+    x ≈ (high + low / 254) · size, where both are in -127 … 127. That is finer than a bfloat16 is.
     """
 
-    MOST, ROWS_OF_SCALE = math.inf, 0  # rows of x that the kernel is fast for; the dimension of `scale` that counts rows
+    ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__(in_features, out_features)
@@ -404,13 +404,14 @@ class Int8Linear(QuantizedLinear):
     def product(self, x, start, end):
         return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
 
-    def works(self, dtype):
-        return dtype.itemsize == 2 and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
-
     def pack(self):
-        self.q, self.scale, self.fast = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), True
+        self.most = 32
+        if torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available():
+            self.q, self.scale, self.most = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), math.inf
 
     def kernel(self, x):
+        if self.most < math.inf:
+            return torch._weight_int8pack_mm(x, self.q, self.scale)
         size = at_least_tiny(x.abs().amax(1, keepdim=True)) / 127  # one for each row
         y = x / size
         high = y.round()
@@ -427,7 +428,7 @@ class Int4Linear(QuantizedLinear):
     (inputs / 64, outputs, 2). Both 64s are smaller where a width is not divisible by them, and there is no kernel then.
     """
 
-    MOST, ROWS_OF_SCALE = 32, 1
+    ROWS_OF_SCALE = 1
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__(in_features, out_features)
@@ -451,11 +452,8 @@ class Int4Linear(QuantizedLinear):
         scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
         return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
 
-    def works(self, dtype):
-        return dtype == torch.bfloat16 and self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
     def pack(self):
-        self.fast = True  # it lies like that already
+        self.most = 32 if self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
     def kernel(self, x):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.out_features, -1), self.group, self.scale)
