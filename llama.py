@@ -406,7 +406,7 @@ class Int8Linear(QuantizedLinear):
 
     def pack(self):
         self.most = 32
-        if torch.cpu._is_vnni_supported() and torch.backends.mkldnn.is_available():
+        if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and torch.backends.mkldnn.is_available():
             self.q, self.scale, self.most = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), math.inf
 
     def kernel(self, x):

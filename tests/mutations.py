@@ -245,7 +245,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T19 numbers out of range are not noticed",
         "llava.py",
-        "    if not x.isfinite().all():",
+        "    if not (total.isfinite() or x.isfinite().all()):",
         "    if False:",
         "test_forward.py",
     ),
@@ -543,6 +543,48 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
         "sys.stderr = sys.stderr or io.StringIO()",
         "sys.stderr = sys.stderr or None",
         "test_hostile_cli.py",
+    ),
+    (
+        "a sum that overflows is taken for numbers that do",
+        "llava.py",
+        "    if not (total.isfinite() or x.isfinite().all()):",
+        "    if not total.isfinite():",
+        "test_forward.py",
+    ),
+    (
+        "eight bits multiply only half of the vector",
+        "llama.py",
+        "return ((high + low / 254) * size).to(x.dtype)",
+        "return (high * size).to(x.dtype)",
+        "test_fast.py",
+    ),
+    (
+        "a packed layer has no bias",
+        "llama.py",
+        "return packed_product(x, self.w, self.bias)",
+        "return packed_product(x, self.w, None)",
+        "test_fast.py",
+    ),
+    (
+        "four bits without their zero",
+        "llama.py",
+        "q.sub_(8).mul_(scale).add_(zero)",
+        "q.sub_(8).mul_(scale)",
+        "test_fast.py",
+    ),
+    (
+        "every model is packed, and can be neither trained nor saved",
+        "llava.py",
+        "packed = compile or torch.is_inference_mode_enabled()",
+        "packed = True",
+        "test_fast.py",
+    ),
+    (
+        "oneDNN stays switched off after the first word",
+        "llama.py",
+        "    finally:\n        torch.backends.mkldnn.enabled = before",
+        "    finally:\n        before = None",
+        "test_fast.py",
     ),
 ]
 # fmt: on

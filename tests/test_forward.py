@@ -754,6 +754,16 @@ def test_a_picture_that_overflows_is_reported_as_such(typed, family):
         model.get_image_features(pixels)
 
 
+def test_large_numbers_are_not_taken_for_numbers_out_of_range():
+    """Each is finite, their sum is not; and in float16 not even the sum of small ones."""
+    for dtype, value in ((torch.bfloat16, 2e38), (torch.float32, 2e38), (torch.float64, 1e308), (torch.float16, 60000.0)):
+        x = torch.full((1, 32064), value, dtype=dtype)
+        assert llava.check_finite(x, "the logits") is x
+        x[0, 5] = -torch.inf
+        with pytest.raises(ValueError, match="the logits are not finite"):
+            llava.check_finite(x, "the logits")
+
+
 def test_logits_that_overflow_are_reported_as_such(model):
     other = copy.deepcopy(model)
     other.llama.norm.weight[3] = torch.inf
