@@ -23,12 +23,12 @@ def measure(name, folder):
     loaded = time.time()
     side.decode(1)
     held = [*side.model.parameters(), *side.model.buffers()]
-    size = sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in held}.values())
+    size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in held}.values())
     print(json.dumps({"loaded": loaded, "said": time.time(), "peak": peers.full_size.high_water(), "bytes": size}))
 
 
 def main():
-    parser = peers.parser(__doc__, [peers.BASE, "ours bfloat16", "ours int8", "ours int4"])
+    parser = peers.parser(__doc__, [peers.BASE, "ours bfloat16", "ours bfloat16 packed", "ours int8", "ours int4"])
     parser.add_argument("--measure", metavar="FOLDER", help="used by the benchmark itself")
     options = parser.parse_args()
     if options.measure:
