@@ -17,6 +17,8 @@ key-value heads than query heads and a window beyond which attention does not lo
     V        size of the vocabulary                              32064          32064
     n, k     beams of a row, candidates that they grow into
 
+The last two chapters make it faster and change nothing: they can wait.
+
 Notebook: notebooks/3_the_voice.ipynb. Next file: llava.py.
 """
 
@@ -299,227 +301,6 @@ class Llama(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Matrices for answers alone. A step multiplies one vector by every matrix, so it takes as long as reading them: they are laid
-# out in the order in which a CPU reads them fastest, or kept as small whole numbers and a scale. What is multiplied with them
-# keeps its precision. None of these layers can be trained or saved.
-
-
-class PackedLinear(nn.Module):
-    """x Wᵀ + b for a W that lies in memory as oneDNN wants it, torch's library for products on a CPU. The same numbers."""
-
-    def __init__(self, in_features, out_features, dtype, bias=False):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("w", torch.empty(out_features, in_features, dtype=dtype))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
-
-    def keep(self, weight, device):
-        self.w = torch.ops.mkldnn._reorder_linear_weight(weight.to(device, self.w.dtype), 1)
-
-    def forward(self, x):
-        return packed_product(x, self.w, self.bias)
-
-    @staticmethod
-    def works(dtype):
-        """Whether this machine has the product for a dtype."""
-        there = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-        return dtype in there and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, there[dtype])()
-
-
-# Operators of our own around those of torch, since torch.compile takes such a matrix from nobody else.
-
-
-@torch.library.custom_op("llava::packed_product", mutates_args=())
-def packed_product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b for a W (outputs, inputs) that is packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
-
-
-@torch.library.custom_op("llava::packed_whole_product", mutates_args=())
-def packed_whole_product(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """(x - 128) Wᵀ · scale, float32, for rows x in uint8 and a W (outputs, inputs) in int8 that is packed."""
-    zeros = torch.zeros_like(scale, dtype=torch.int64)
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, w, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
-
-
-@packed_product.register_fake
-def _(x, w, bias):
-    return x.new_empty(*x.shape[:-1], w.shape[0])
-
-
-@packed_whole_product.register_fake
-def _(x, w, scale):
-    return x.new_empty(len(x), len(scale), dtype=torch.float32)
-
-
-class QuantizedLinear(nn.Module):
-    """x Wᵀ for a W that is kept in whole numbers; its two kinds say how."""
-
-    ROWS = 512  # rows of W that are written out at a time
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.most = 0  # rows of x up to which there is a kernel that is faster than the plain product
-
-    def forward(self, x):
-        rows = x.flatten(0, -2).contiguous()
-        product = self.kernel if len(rows) <= self.most else self.plain
-        return product(rows).unflatten(0, x.shape[:-1])
-
-    def plain(self, x):
-        """The same product with W written out. A CPU keeps some rows of it in its cache, where the product finds them again."""
-        step = self.ROWS if x.is_cpu else self.out_features
-        parts = [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
-        return torch.cat([self.product(x, start, end) for start, end in parts], dim=-1)
-
-    def keep(self, weight, device):
-        """Keep a matrix (outputs, inputs) of any dtype, some rows at a time, so that little memory is needed beside it."""
-        parts = [self.rounded(rows.float()) for rows in weight.split(self.ROWS)]
-        for name, dim in (("q", 0), ("scale", self.ROWS_OF_SCALE)):
-            self.register_buffer(name, torch.cat([part[name] for part in parts], dim).to(device))
-        if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
-            self.pack()
-
-
-class Int8Linear(QuantizedLinear):
-    """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output.
-
-    A CPU with VNNI multiplies whole numbers, 64 at once, and exactly. So x is written in them, too, in two rows for each:
-    x ≈ (high + low / 254) · size, where both are in -127 … 127. That is finer than a bfloat16 is.
-    """
-
-    ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
-
-    def __init__(self, in_features, out_features, dtype):
-        super().__init__(in_features, out_features)
-        self.register_buffer("q", torch.empty(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(out_features, dtype=dtype))
-
-    def rounded(self, weight):
-        scale = (weight.abs().amax(1) / 127).to(self.scale.dtype)
-        q = (weight / at_least_tiny(scale)[:, None]).round().clamp(-127, 127)
-        return {"q": q.to(torch.int8), "scale": scale}
-
-    def product(self, x, start, end):
-        return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
-
-    def pack(self):
-        self.most = 32
-        if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and torch.backends.mkldnn.is_available():
-            self.q, self.scale, self.most = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), math.inf
-
-    def kernel(self, x):
-        if self.most < math.inf:
-            return torch._weight_int8pack_mm(x, self.q, self.scale)
-        size = at_least_tiny(x.abs().amax(1, keepdim=True)) / 127  # one for each row
-        y = x / size
-        high = y.round()
-        low = (y - high) * 254
-        whole = torch.cat([high, low.round()]).add(128).to(torch.uint8)  # the kernel subtracts the 128 again
-        high, low = packed_whole_product(whole, self.q, self.scale).chunk(2)
-        return ((high + low / 254) * size).to(x.dtype)
-
-
-class Int4Linear(QuantizedLinear):
-    """W[n, k] ≈ scale[n, g] · (q[n, k] - 8) + zero[n, g], with q in 0 … 15: a scale and a zero for each group g of 64 columns.
-
-    A byte holds the q of two rows, 32 apart, as the kernel wants it: q (outputs / 64, inputs, 32). Beside it scale and zero,
-    (inputs / 64, outputs, 2). Both 64s are smaller where a width is not divisible by them, and there is no kernel then.
-    """
-
-    ROWS_OF_SCALE = 1
-
-    def __init__(self, in_features, out_features, dtype):
-        super().__init__(in_features, out_features)
-        self.group, self.block = math.gcd(in_features, 64), math.gcd(out_features, 64)
-        self.register_buffer("q", torch.empty(out_features // self.block, in_features, self.block // 2, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(in_features // self.group, out_features, 2, dtype=dtype))
-
-    def rounded(self, weight):
-        groups = weight.unflatten(1, (-1, self.group))
-        low, high = groups.aminmax(dim=2, keepdim=True)
-        scale = ((high - low) / 15).to(self.scale.dtype)
-        zero = (low + 8 * scale).to(self.scale.dtype)
-        q = ((groups - zero) / at_least_tiny(scale)).round().add(8).clamp(0, 15).to(torch.uint8).flatten(1)
-        first, second = q.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=2)
-        return {"q": first | second << 4, "scale": torch.cat([scale, zero], dim=2).transpose(0, 1)}
-
-    def product(self, x, start, end):
-        q = self.q[start // self.block : end // self.block]
-        q = torch.cat([q & 15, q >> 4], dim=2).transpose(1, 2).contiguous().to(x.dtype)
-        q = q.flatten(0, 1).unflatten(1, (-1, self.group))
-        scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
-        return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
-
-    def pack(self):
-        self.most = 32 if self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
-
-    def kernel(self, x):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.out_features, -1), self.group, self.scale)
-
-
-def at_least_tiny(scale):
-    """In float32, without the zeros of rows that are all zero."""
-    return scale.float().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
-
-
-def quantize_layers(model, scheme, dtype):
-    """Put Int8Linear or Int4Linear in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
-    if scheme not in QUANTIZED:
-        raise ValueError(f"quantize is {scheme!r}, and must be {' or '.join(QUANTIZED)}")
-    replace_layers(model, QUANTIZED[scheme], dtype)
-
-
-def replace_layers(model, kind, dtype):
-    """Put a layer of another kind in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                bias = {} if layer.bias is None else {"bias": True}
-                with torch.device("meta"):
-                    setattr(parent, name, kind(layer.in_features, layer.out_features, dtype, **bias))
-
-
-@contextlib.contextmanager
-def matrix_times_vector(x):
-    """On a CPU, torch's own product of a bfloat16 matrix and one vector reads it twice as fast as oneDNN's, which it prefers."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not (x.is_cpu and x.shape[:-1].numel() == 1)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Several devices (Shoeybi et al. 2019, "Megatron-LM", section 3). Each of them holds some of the heads and some columns of the
-# MLP: rows of the matrices that lead there, and columns of those that lead back, whose products are added up over the devices.
-
-ROWS, COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"), ("attention.wo", "mlp.down")
-
-
-def split(model, device):
-    """Leave a decoder on the meta device with the part of its blocks that belongs to this process of torch.distributed."""
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    config, parts = model.config, mesh.size()
-    if any(size % parts for size in (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)):
-        heads = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
-        raise ValueError(f"{heads} cannot be dealt out evenly to {parts} processes: take another number of them")
-    # PyTorch thinks of x W, where the rows of W as it is stored are columns
-    plan = {name: ColwiseParallel() for name in ROWS} | {name: RowwiseParallel() for name in COLUMNS}
-    for block in model.blocks:
-        parallelize_module(block, mesh, plan)
-    heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
-    model.config = dataclasses.replace(config, **heads)
-
-
-# ----------------------------------------------------------------------------------------------------------------
 # The KV cache: what the decoder remembers. A key and a value never change once they are computed, since no position sees a
 # later one; so they are kept, and a step costs one position instead of all of them.
 
@@ -744,3 +525,224 @@ def best_beams(beams):
 def take(x, index):
     """x (B, n, …), index (B, k) → (B, k, …): the beams that the index names, row by row."""
     return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Matrices for answers alone. A step multiplies one vector by every matrix, so it takes as long as reading them: they are laid
+# out in the order in which a CPU reads them fastest, or kept as small whole numbers and a scale. What is multiplied with them
+# keeps its precision. None of these layers can be trained or saved.
+
+
+class PackedLinear(nn.Module):
+    """x Wᵀ + b for a W that lies in memory as oneDNN wants it, torch's library for products on a CPU. The same numbers."""
+
+    def __init__(self, in_features, out_features, dtype, bias=False):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("w", torch.empty(out_features, in_features, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
+
+    def keep(self, weight, device):
+        self.w = torch.ops.mkldnn._reorder_linear_weight(weight.to(device, self.w.dtype), 1)
+
+    def forward(self, x):
+        return packed_product(x, self.w, self.bias)
+
+    @staticmethod
+    def works(dtype):
+        """Whether this machine has the product for a dtype."""
+        there = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+        return dtype in there and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, there[dtype])()
+
+
+# Operators of our own around those of torch, since torch.compile takes such a matrix from nobody else.
+
+
+@torch.library.custom_op("llava::packed_product", mutates_args=())
+def packed_product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + b for a W (outputs, inputs) that is packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
+@torch.library.custom_op("llava::packed_whole_product", mutates_args=())
+def packed_whole_product(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(x - 128) Wᵀ · scale, float32, for rows x in uint8 and a W (outputs, inputs) in int8 that is packed."""
+    zeros = torch.zeros_like(scale, dtype=torch.int64)
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, w, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+
+
+@packed_product.register_fake
+def _(x, w, bias):
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+@packed_whole_product.register_fake
+def _(x, w, scale):
+    return x.new_empty(len(x), len(scale), dtype=torch.float32)
+
+
+class QuantizedLinear(nn.Module):
+    """x Wᵀ for a W that is kept in whole numbers; its two kinds say how."""
+
+    ROWS = 512  # rows of W that are written out at a time
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.most = 0  # rows of x up to which there is a kernel that is faster than the plain product
+
+    def forward(self, x):
+        rows = x.flatten(0, -2).contiguous()
+        product = self.kernel if len(rows) <= self.most else self.plain
+        return product(rows).unflatten(0, x.shape[:-1])
+
+    def plain(self, x):
+        """The same product with W written out. A CPU keeps some rows of it in its cache, where the product finds them again."""
+        step = self.ROWS if x.is_cpu else self.out_features
+        parts = [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
+        return torch.cat([self.product(x, start, end) for start, end in parts], dim=-1)
+
+    def keep(self, weight, device):
+        """Keep a matrix (outputs, inputs) of any dtype, some rows at a time, so that little memory is needed beside it."""
+        parts = [self.rounded(rows.float()) for rows in weight.split(self.ROWS)]
+        for name, dim in (("q", 0), ("scale", self.ROWS_OF_SCALE)):
+            self.register_buffer(name, torch.cat([part[name] for part in parts], dim).to(device))
+        if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
+            self.pack()
+
+
+class Int8Linear(QuantizedLinear):
+    """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output.
+
+    A CPU with VNNI multiplies whole numbers, 64 at once, and exactly. So x is written in them, too, in two rows for each:
+    x ≈ (high + low / 254) · size, where both are in -127 … 127. That is finer than a bfloat16 is.
+    """
+
+    ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
+
+    def __init__(self, in_features, out_features, dtype):
+        super().__init__(in_features, out_features)
+        self.register_buffer("q", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(out_features, dtype=dtype))
+
+    def rounded(self, weight):
+        scale = (weight.abs().amax(1) / 127).to(self.scale.dtype)
+        q = (weight / at_least_tiny(scale)[:, None]).round().clamp(-127, 127)
+        return {"q": q.to(torch.int8), "scale": scale}
+
+    def product(self, x, start, end):
+        return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
+
+    def pack(self):
+        self.most = 32
+        if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and torch.backends.mkldnn.is_available():
+            self.q, self.scale, self.most = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), math.inf
+
+    def kernel(self, x):
+        if self.most < math.inf:
+            return torch._weight_int8pack_mm(x, self.q, self.scale)
+        size = at_least_tiny(x.abs().amax(1, keepdim=True)) / 127  # one for each row
+        y = x / size
+        high = y.round()
+        low = (y - high) * 254
+        whole = torch.cat([high, low.round()]).add(128).to(torch.uint8)  # the kernel subtracts the 128 again
+        high, low = packed_whole_product(whole, self.q, self.scale).chunk(2)
+        return ((high + low / 254) * size).to(x.dtype)
+
+
+class Int4Linear(QuantizedLinear):
+    """W[n, k] ≈ scale[n, g] · (q[n, k] - 8) + zero[n, g], with q in 0 … 15: a scale and a zero for each group g of 64 columns.
+
+    A byte holds the q of two rows, 32 apart, as the kernel wants it: q (outputs / 64, inputs, 32). Beside it scale and zero,
+    (inputs / 64, outputs, 2). Both 64s are smaller where a width is not divisible by them, and there is no kernel then.
+    """
+
+    ROWS_OF_SCALE = 1
+
+    def __init__(self, in_features, out_features, dtype):
+        super().__init__(in_features, out_features)
+        self.group, self.block = math.gcd(in_features, 64), math.gcd(out_features, 64)
+        self.register_buffer("q", torch.empty(out_features // self.block, in_features, self.block // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(in_features // self.group, out_features, 2, dtype=dtype))
+
+    def rounded(self, weight):
+        groups = weight.unflatten(1, (-1, self.group))
+        low, high = groups.aminmax(dim=2, keepdim=True)
+        scale = ((high - low) / 15).to(self.scale.dtype)
+        zero = (low + 8 * scale).to(self.scale.dtype)
+        q = ((groups - zero) / at_least_tiny(scale)).round().add(8).clamp(0, 15).to(torch.uint8).flatten(1)
+        first, second = q.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=2)
+        return {"q": first | second << 4, "scale": torch.cat([scale, zero], dim=2).transpose(0, 1)}
+
+    def product(self, x, start, end):
+        q = self.q[start // self.block : end // self.block]
+        q = torch.cat([q & 15, q >> 4], dim=2).transpose(1, 2).contiguous().to(x.dtype)
+        q = q.flatten(0, 1).unflatten(1, (-1, self.group))
+        scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
+        return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
+
+    def pack(self):
+        self.most = 32 if self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
+
+    def kernel(self, x):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.out_features, -1), self.group, self.scale)
+
+
+def at_least_tiny(scale):
+    """In float32, without the zeros of rows that are all zero."""
+    return scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def quantize_layers(model, scheme, dtype):
+    """Put Int8Linear or Int4Linear in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
+    if scheme not in QUANTIZED:
+        raise ValueError(f"quantize is {scheme!r}, and must be {' or '.join(QUANTIZED)}")
+    replace_layers(model, QUANTIZED[scheme], dtype)
+
+
+def replace_layers(model, kind, dtype):
+    """Put a layer of another kind in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                bias = {} if layer.bias is None else {"bias": True}
+                with torch.device("meta"):
+                    setattr(parent, name, kind(layer.in_features, layer.out_features, dtype, **bias))
+
+
+@contextlib.contextmanager
+def matrix_times_vector(x):
+    """On a CPU, torch's own product of a bfloat16 matrix and one vector reads it twice as fast as oneDNN's, which it prefers."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not (x.is_cpu and x.shape[:-1].numel() == 1)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Several devices (Shoeybi et al. 2019, "Megatron-LM", section 3). Each of them holds some of the heads and some columns of the
+# MLP: rows of the matrices that lead there, and columns of those that lead back, whose products are added up over the devices.
+
+ROWS, COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"), ("attention.wo", "mlp.down")
+
+
+def split(model, device):
+    """Leave a decoder on the meta device with the part of its blocks that belongs to this process of torch.distributed."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    config, parts = model.config, mesh.size()
+    if any(size % parts for size in (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)):
+        heads = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
+        raise ValueError(f"{heads} cannot be dealt out evenly to {parts} processes: take another number of them")
+    # PyTorch thinks of x W, where the rows of W as it is stored are columns
+    plan = {name: ColwiseParallel() for name in ROWS} | {name: RowwiseParallel() for name in COLUMNS}
+    for block in model.blocks:
+        parallelize_module(block, mesh, plan)
+    heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
+    model.config = dataclasses.replace(config, **heads)

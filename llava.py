@@ -582,6 +582,68 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     return llava, processor
 
 
+def save(model, processor, folder):
+    """Write a checkpoint in the published layout, which load and transformers read."""
+    configs = weights.json_files(model.config, processor.preprocess_config, model.dtype)
+    weights.write(model, Path(folder), configs, processor.tokenizer.bpe.to_str(pretty=True))
+
+
+def pick_device(name):
+    """A device's name, or auto for the best there is → torch.device. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if name == "auto":
+        return torch.device(next(kind for kind, number in there.items() if number))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}: auto, {', '.join(there)} are known") from None
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise ValueError(f"this machine has no device {str(device)!r}, or torch was built without it: try --device cpu")
+    return device
+
+
+def pick_dtype(dtype):
+    """A floating-point torch dtype, or its name → the torch dtype."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in weights.DTYPES.values()}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"there is no dtype {name!r} here: auto, {', '.join(known)} are known")
+    return known[name]
+
+
+def fastest_dtype(model, device, stored, quantize=None):
+    """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
+    reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed.
+    The kernels of quantised weights take bfloat16 alone.
+    """
+    if device.type != "cpu":
+        return stored if stored.itemsize == 2 else torch.float32
+    large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
+    return torch.bfloat16 if large and (quantize or (native and stored.itemsize == 2)) else torch.float32
+
+
+def check_memory(model, device, dtype):
+    """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
+    needed = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in model.parameters()) * dtype.itemsize
+    needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised layers
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise ValueError(
+            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
+            f"{there / 1e9:.1f} GB: try a smaller dtype, --quantize int4, another device or --model tiny"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A step that is recorded once and played again
+
+
 class RecordedStep:
     """Llava.step, recorded once and played again for each token: what load(compile=True) puts in its place.
 
@@ -641,64 +703,6 @@ def check_compiler(device):
         raise ValueError("compile works on a CPU and on CUDA, not on mps: leave it out")
     if device.type == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name):
         raise ValueError("compile needs a C++ compiler on a CPU, and there is none: install g++ or leave it out")
-
-
-def save(model, processor, folder):
-    """Write a checkpoint in the published layout, which load and transformers read."""
-    configs = weights.json_files(model.config, processor.preprocess_config, model.dtype)
-    weights.write(model, Path(folder), configs, processor.tokenizer.bpe.to_str(pretty=True))
-
-
-def pick_device(name):
-    """A device's name, or auto for the best there is → torch.device. Raises ValueError if it is not there."""
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if name == "auto":
-        return torch.device(next(kind for kind, number in there.items() if number))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"there is no device {name!r}: auto, {', '.join(there)} are known") from None
-    if (device.index or 0) >= there.get(device.type, 0):
-        raise ValueError(f"this machine has no device {str(device)!r}, or torch was built without it: try --device cpu")
-    return device
-
-
-def pick_dtype(dtype):
-    """A floating-point torch dtype, or its name → the torch dtype."""
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in weights.DTYPES.values()}
-    name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise ValueError(f"there is no dtype {name!r} here: auto, {', '.join(known)} are known")
-    return known[name]
-
-
-def fastest_dtype(model, device, stored, quantize=None):
-    """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
-    reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed.
-    The kernels of quantised weights take bfloat16 alone.
-    """
-    if device.type != "cpu":
-        return stored if stored.itemsize == 2 else torch.float32
-    large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
-    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
-    return torch.bfloat16 if large and (quantize or (native and stored.itemsize == 2)) else torch.float32
-
-
-def check_memory(model, device, dtype):
-    """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
-    needed = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in model.parameters()) * dtype.itemsize
-    needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised layers
-    if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > there:
-        raise ValueError(
-            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
-            f"{there / 1e9:.1f} GB: try a smaller dtype, --quantize int4, another device or --model tiny"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -175,6 +175,8 @@ def test_a_packed_layer_is_the_linear_layer(bias):
     layer = llama.PackedLinear(96, 80, torch.bfloat16, bias)
     layer.keep(linear.weight.detach(), torch.device("cpu"))
     layer.bias = linear.bias
+    x = torch.randn(3, 5, 96).bfloat16()
+    torch.testing.assert_close(layer(x[:, -1:]), layer(x)[:, -1:])  # not side by side in memory
     for shape in ((1, 96), (2, 5, 96), (577, 96)):
         x = torch.randn(shape).bfloat16()
         exact = F.linear(x.double(), *(p.double() for p in linear.parameters()))
