@@ -813,7 +813,7 @@ def run(options):
         join(options)
     images = [] if options.each else [open_named(name) for name in options.image]
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
-    with torch.inference_mode():  # nothing here is trained
+    with torch.inference_mode(options.chat or options.each):  # packed matrices pay for themselves by the second answer
         model, processor = load(options.model, **settings, revision=options.revision)
     if model.config.description:
         notice(model.config.description)

@@ -55,7 +55,7 @@ def picture():
 
 class Ours:
     def __init__(self, folder, packed=False, **settings):
-        with torch.inference_mode(packed):  # as the command line does it
+        with torch.inference_mode(packed):  # as --chat does it
             self.model, self.processor = llava.load(folder, device="cpu", **settings)
         # what a step reads: all weights of the language model but the embedding, of which it reads one row
         layers = [*self.model.llama.parameters(), *self.model.llama.buffers()]

@@ -298,6 +298,19 @@ def test_the_model_options_reach_load(main, monkeypatch):
     ]
 
 
+def test_a_model_is_packed_for_more_answers_than_one(main, monkeypatch):
+    modes = []
+
+    def load(*args, **kwargs):
+        modes.append(torch.is_inference_mode_enabled())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(llava, "load", load)
+    for options in ([], ["--chat"], ["--each", "--image", "a.png"], ["--choices", "a"]):
+        main(*options)
+    assert modes == [False, True, True, False] and not torch.is_inference_mode_enabled()
+
+
 def test_dtype(monkeypatch, ask):
     seen = []
     generate = llava.Llava.stream
