@@ -210,6 +210,17 @@ def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answe
         model(**inputs).logits.sum().backward()
 
 
+@packs
+def test_a_tied_head_is_packed_from_the_embedding(checkpoints, tmp_path):
+    model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    model.llama.head.weight = model.llama.embed.weight
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    llava.save(model, processor, tmp_path)
+    with torch.inference_mode():
+        again, _ = llava.load(str(tmp_path), device="cpu", dtype="bfloat16")
+    assert torch.equal(again.llama.head.w.to_dense(), again.llama.embed.weight)
+
+
 def test_inference_mode_in_float32_and_without_the_product_is_plain(checkpoints, monkeypatch):
     folder = str(checkpoints["llama"])
     with torch.inference_mode():
