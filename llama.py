@@ -45,16 +45,23 @@ class Tokenizer:
     """
 
     def __init__(self, file):
-        try:
+        self.file = file
+        with self.blamed():
             self.bpe = tokenizers.Tokenizer.from_file(str(file))
             self.bpe.no_truncation()  # a prompt cut in the middle of a picture is worse than an error
             self.bpe.no_padding()
             self.start = self.bpe.encode("").ids  # what the file puts in front of every text: <s>, once
-            self.encode("\U0010ffff")  # a character that no vocabulary has: some files fail only there
+        self.decode(self.encode("\U0010ffff"))  # a character that no vocabulary has: some files fail only there
+
+    @contextlib.contextmanager
+    def blamed(self):
+        """What goes wrong inside is the file's fault, said in a ValueError."""
+        try:
+            yield
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # the library raises bare Exceptions, and where it panics not even these
-            raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from None
+            raise ValueError(f"{self.file} cannot be read as a tokenizer: {error}") from None
 
     def id(self, token):
         """The id of a token, None if it is not in the vocabulary."""
@@ -62,20 +69,25 @@ class Tokenizer:
 
     def encode(self, text, special=True):
         """Text → ids, without <s>. special=False: "</s>", "<image>" and the like are ordinary letters."""
-        self.bpe.encode_special_tokens = not special
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"the text {text!r:.100} holds half a character, a lone surrogate")
+        with self.blamed():
+            self.bpe.encode_special_tokens = not special
+            return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         """Ids → text, special tokens left out."""
-        return self.bpe.decode([int(i) for i in ids], skip_special_tokens=True)
+        ids = [int(i) for i in ids]
+        with self.blamed():
+            return self.bpe.decode(ids, skip_special_tokens=True)
 
-    def stream(self, ids):
+    def stream(self, ids, seen=None):
         """An iterator of ids → an iterator of pieces of text, each of whole characters.
 
         Bytes of a character that is not complete yet decode to U+FFFD: they wait for the rest, and if it never comes they
-        are not shown.
+        are not shown. seen: a list to which the ids are appended on their way.
         """
-        seen, shown = [], 0
+        seen, shown = [] if seen is None else seen, 0
         for i in ids:
             seen.append(int(i))
             text = self.decode(seen)
@@ -262,15 +274,18 @@ class Llama(nn.Module):
         if kv_cache is not None:
             check_room(kv_cache, T)
         S = end or past + T
-        real = real_tokens(attention_mask, kv_cache, B, T, x.device)  # (B, past + T)
+        real = real_tokens(attention_mask, kv_cache, (B, T), x.device)  # (B, past + T)
         if position_ids is None:
             position_ids = (real.cumsum(-1) - real.long())[:, past:]  # (B, T)
+        elif position_ids.shape not in ((B, T), (1, T)):
+            raise ValueError(f"position_ids has the shape {tuple(position_ids.shape)}, and the input {B} rows of {T} positions")
         real = F.pad(real, (0, S - past - T))  # (B, S)
         where = torch.arange(past, past + T, device=x.device)  # (T)
         mask = visible(real, where, self.config.sliding_window)  # (B, 1, T, S)
-        cos, sin = rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        cached = [None if kv_cache is None else window(kv_cache, i, S) for i in range(len(self.blocks))]
+        cos, sin = (a.to(x.dtype) for a in rope_angles(position_ids, self.config.head_dim, self.config.rope_theta))
+        cached = [None] * len(self.blocks)
+        if kv_cache is not None:  # views of the cache: each block writes its new keys and values there
+            cached = [(kv_cache[f"keys.{i}"][:, :, :S], kv_cache[f"values.{i}"][:, :, :S]) for i in range(len(self.blocks))]
         out = (run or self.run)(x, cos, sin, mask, where, cached, output_hidden_states, output_attentions)
         if kv_cache is not None:
             kv_cache["real"][:, :S] = real
@@ -328,11 +343,6 @@ def length(kv_cache):
     return 0 if kv_cache is None else int(kv_cache["length"])
 
 
-def window(kv_cache, layer, end):
-    """One block's keys and values up to position `end`, views of the cache, (B, K, end, E) each."""
-    return kv_cache[f"keys.{layer}"][:, :, :end], kv_cache[f"values.{layer}"][:, :, :end]
-
-
 def check_room(kv_cache, new):
     """Raise ValueError if the cache has no room for `new` more positions."""
     held, capacity = length(kv_cache), kv_cache["real"].shape[1]
@@ -350,30 +360,31 @@ def fork_cache(kv_cache, copies, new):
     def fork(name, tensor):
         if name == "length":
             return tensor.clone()
-        dim = 1 if name == "real" else 2  # which dimension counts positions
-        rows = tensor.narrow(dim, 0, end).repeat_interleave(copies, dim=0)
-        room = torch.zeros_like(rows.narrow(dim, 0, 1)).repeat_interleave(new, dim=dim)
-        return torch.cat([rows, room], dim=dim)
+        dim, room = (1, (0, new)) if name == "real" else (2, (0, 0, 0, new))  # real (B, S), the others (B, K, S, E)
+        return F.pad(tensor.narrow(dim, 0, end).repeat_interleave(copies, dim=0), room)
 
     return {name: fork(name, tensor) for name, tensor in kv_cache.items()}
 
 
-def reorder_cache(kv_cache, rows):
-    """Row b becomes a copy of row rows[b], in place: what beam search does when one beam grows out of another."""
+def reorder_cache(kv_cache, beam_idx):
+    """Row b becomes a copy of row beam_idx[b], in place: what beam search does when one beam grows out of another."""
     end = length(kv_cache)
     for name, tensor in kv_cache.items():
         if name == "real":
-            tensor[:, :end] = tensor[rows, :end]
+            tensor[:, :end] = tensor[beam_idx, :end]
         elif name != "length":
-            tensor[:, :, :end] = tensor[rows, :, :end]
+            tensor[:, :, :end] = tensor[beam_idx, :, :end]
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Who sees whom: the one place, for whole prompts, chunks with a past, and single steps
 
 
-def real_tokens(attention_mask, kv_cache, batch_size, new, device):
-    """(B, S) bool: which positions hold real tokens, those in the cache first."""
+def real_tokens(attention_mask, kv_cache, shape, device):
+    """(B, S) bool: which positions hold real tokens, those in the cache first. shape: of the ids, (B, T)."""
+    if len(shape) != 2 or not all(shape):
+        raise ValueError(f"the input has the shape {tuple(shape)}: it takes at least one row, and in it at least one position")
+    batch_size, new = shape
     past = length(kv_cache)
     if kv_cache is not None and len(kv_cache["real"]) != batch_size:
         raise ValueError(f"the cache was made for {len(kv_cache['real'])} rows and the input has {batch_size}")
@@ -449,8 +460,8 @@ def check_sampling(max_new_tokens, temperature=0.0, top_k=None, top_p=1.0, num_b
         raise ValueError(f"top_k is {top_k}, and must be at least 1")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, and must be above 0 and at most 1")
-    if num_beams < 1:
-        raise ValueError(f"num_beams is {num_beams}, and must be at least 1")
+    if not 1 <= num_beams <= 256:
+        raise ValueError(f"num_beams is {num_beams}, and must be 1 to 256")
     if num_beams > 1 and temperature > 0:
         raise ValueError("beam search does not sample: leave num_beams at 1 or temperature at 0")
 
@@ -490,7 +501,7 @@ def beam_step(beams, logits, eos_token_ids):
     scores = logits.float().log_softmax(-1).view(B, n, -1) + beams["scores"][..., None]  # (B, n, V)
     V = scores.shape[-1]
     # so many that n go on even if all the best ones end here
-    scores, order = scores.flatten(1).topk(max(2, 1 + len(eos_token_ids)) * n)  # (B, k), (B, k)
+    scores, order = scores.flatten(1).topk(min(max(2, 1 + len(eos_token_ids)), V) * n)  # (B, k), (B, k)
     parents, tokens = order // V, order % V  # (B, k), (B, k)
     ids = take(beams["ids"], parents)  # (B, k, limit)
     ids[:, :, step] = tokens
@@ -584,7 +595,7 @@ def _(x, w, scale):
 class QuantizedLinear(nn.Module):
     """x Wᵀ for a W that is kept in whole numbers; its two kinds say how."""
 
-    ROWS = 512  # rows of W that are written out at a time
+    CHUNK = 512  # rows of W that are written out at a time
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -598,15 +609,13 @@ class QuantizedLinear(nn.Module):
 
     def plain(self, x):
         """The same product with W written out. A CPU keeps some rows of it in its cache, where the product finds them again."""
-        step = self.ROWS if x.is_cpu else self.out_features
-        parts = [(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
-        return torch.cat([self.product(x, start, end) for start, end in parts], dim=-1)
+        step = self.CHUNK if x.is_cpu else self.out_features
+        return torch.cat([self.product(x, start, start + step) for start in range(0, self.out_features, step)], dim=-1)
 
     def keep(self, weight, device):
         """Keep a matrix (outputs, inputs) of any dtype, some rows at a time, so that little memory is needed beside it."""
-        parts = [self.rounded(rows.float()) for rows in weight.split(self.ROWS)]
-        for name, dim in (("q", 0), ("scale", self.ROWS_OF_SCALE)):
-            self.register_buffer(name, torch.cat([part[name] for part in parts], dim).to(device))
+        q, scale = zip(*(self.rounded(rows.float()) for rows in weight.split(self.CHUNK)), strict=True)
+        self.q, self.scale = torch.cat(q).to(device), torch.cat(scale, self.ROWS_OF_SCALE).to(device)
         if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
             self.pack()
 
@@ -628,7 +637,7 @@ class Int8Linear(QuantizedLinear):
     def rounded(self, weight):
         scale = (weight.abs().amax(1) / 127).to(self.scale.dtype)
         q = (weight / at_least_tiny(scale)[:, None]).round().clamp(-127, 127)
-        return {"q": q.to(torch.int8), "scale": scale}
+        return q.to(torch.int8), scale
 
     def product(self, x, start, end):
         return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
@@ -672,7 +681,7 @@ class Int4Linear(QuantizedLinear):
         zero = (low + 8 * scale).to(self.scale.dtype)
         q = ((groups - zero) / at_least_tiny(scale)).round().add(8).clamp(0, 15).to(torch.uint8).flatten(1)
         first, second = q.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=2)
-        return {"q": first | second << 4, "scale": torch.cat([scale, zero], dim=2).transpose(0, 1)}
+        return first | second << 4, torch.cat([scale, zero], dim=2).transpose(0, 1)
 
     def product(self, x, start, end):
         q = self.q[start // self.block : end // self.block]
@@ -694,13 +703,6 @@ def at_least_tiny(scale):
 
 
 QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
-
-
-def quantize_layers(model, scheme, dtype):
-    """Put Int8Linear or Int4Linear in the place of each nn.Linear of a model on the meta device; weights.read fills them."""
-    if scheme not in QUANTIZED:
-        raise ValueError(f"quantize is {scheme!r}, and must be {' or '.join(QUANTIZED)}")
-    replace_layers(model, QUANTIZED[scheme], dtype)
 
 
 def replace_layers(model, kind, dtype):
@@ -738,8 +740,8 @@ def split(model, device):
     mesh = torch.distributed.init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     config, parts = model.config, mesh.size()
     if any(size % parts for size in (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)):
-        heads = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
-        raise ValueError(f"{heads} cannot be dealt out evenly to {parts} processes: take another number of them")
+        sizes = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
+        raise ValueError(f"{sizes} cannot be dealt out evenly to {parts} processes: take another number of them")
     # PyTorch thinks of x W, where the rows of W as it is stored are columns
     plan = {name: ColwiseParallel() for name in ROWS} | {name: RowwiseParallel() for name in COLUMNS}
     for block in model.blocks:

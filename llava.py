@@ -51,6 +51,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 import llama
 import vision
@@ -178,26 +179,17 @@ class Llava(nn.Module):
         return x if features is None else x.masked_scatter(is_image[..., None], features.to(x.dtype))
 
     def forward(
-        self,
-        input_ids=None,
-        pixel_values=None,
-        attention_mask=None,
-        position_ids=None,
-        kv_cache=None,
-        inputs_embeds=None,
-        labels=None,
-        vision_feature_layer=None,
-        vision_feature_select_strategy=None,
-        output_hidden_states=False,
-        output_attentions=False,
-        logits_to_keep=0,
-    ):
+        self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, kv_cache=None, inputs_embeds=None,
+        labels=None, vision_feature_layer=None, vision_feature_select_strategy=None, output_hidden_states=False,
+        output_attentions=False, logits_to_keep=0,
+    ):  # fmt: skip
         """One pass over whole prompts, a chunk or a single step → LlavaOutput.
 
         input_ids (B, T) int64, the image token once for each picture or once for each feature; or inputs_embeds (B, T, D),
         merged already. pixel_values (N, 3, H, W). attention_mask (B, past + T), 1 = real. position_ids (B, T).
         kv_cache: from init_kv_cache, filled in place. labels (B, T): -100 is ignored, as are the positions of pictures.
-        logits_to_keep: only the last so many positions get logits; 0: all.
+        logits_to_keep: only the last so many positions get logits; 0: all. Or the numbers of those that do.
+        Raises ValueError for shapes that do not belong together, and for numbers out of range.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -208,23 +200,27 @@ class Llava(nn.Module):
             x = inputs_embeds.to(self.device)
         else:
             input_ids = input_ids.to(self.device)
-            attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
+        shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+        attention_mask = llama.real_tokens(attention_mask, kv_cache, shape, self.device)
+        if labels is not None and labels.shape != shape:
+            raise ValueError(f"labels has the shape {tuple(labels.shape)}, and the input {tuple(shape)}: one for each id")
+        if input_ids is not None:
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
                 input_ids, attention_mask, labels = self.expand(input_ids, attention_mask, labels, *features.shape[:2])
             x = self.merge(input_ids, features)  # (B, T, D)
 
-        x, hidden_states, attentions = self.llama(
-            x, attention_mask, position_ids, kv_cache, output_hidden_states, output_attentions
-        )
-        logits = self.llama.head(x[:, -logits_to_keep:])
+        x, states, attentions = self.llama(x, attention_mask, position_ids, kv_cache, output_hidden_states, output_attentions)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = check_finite(self.llama.head(x[:, keep]), "the logits")
         loss = None
         if labels is not None:
-            labels = labels.to(self.device)
+            first = (attention_mask.cumsum(1) - attention_mask.long())[:, -x.shape[1] :] == 0  # nothing to be predicted from
+            labels = labels.to(self.device, torch.int64).masked_fill(first, -100)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
-            loss = next_token_loss(logits, labels[:, -logits_to_keep:])
-        return LlavaOutput(loss, logits, kv_cache, hidden_states, attentions, features)
+            loss = next_token_loss(logits, labels[:, keep])
+        return LlavaOutput(loss, logits, kv_cache, states, attentions, features)
 
     def expand(self, input_ids, attention_mask, labels, pictures, size):
         """Grow the image token of each picture into `size` of them, and mask and labels with it, as transformers 4.38 does inside
@@ -237,15 +233,12 @@ class Llava(nn.Module):
             return input_ids, attention_mask, labels
         new = input_ids.shape[1]
         past, mask = attention_mask[:, :-new], attention_mask[:, -new:]
-        on_the_right = not mask[:, -1].all()
+        side = "left" if mask[:, -1].all() else "right"
         copies = torch.where(is_image, size, 1)  # (B, T)
-        longest = int(copies.sum(1).max())
 
         def grow(x, padding):
             rows = [row.repeat_interleave(times) for row, times in zip(x, copies, strict=True)]
-            gaps = [longest - len(row) for row in rows]
-            sides = [(0, gap) if on_the_right else (gap, 0) for gap in gaps]
-            return torch.stack([F.pad(row, side, value=padding) for row, side in zip(rows, sides, strict=True)])
+            return pad_sequence(rows, batch_first=True, padding_value=padding, padding_side=side)
 
         mask = torch.cat([past, grow(mask, False)], dim=1)
         labels = None if labels is None else grow(labels.to(self.device), -100)
@@ -254,7 +247,7 @@ class Llava(nn.Module):
     def expanded(self, input_ids, pixel_values, attention_mask=None, kv_cache=None):
         """ids and mask with the pictures' positions in them, before a picture is looked at: to know how much room is needed."""
         input_ids = input_ids.to(self.device)
-        attention_mask = llama.real_tokens(attention_mask, kv_cache, *input_ids.shape, self.device)
+        attention_mask = llama.real_tokens(attention_mask, kv_cache, input_ids.shape, self.device)
         pictures = 0 if pixel_values is None else len(pixel_values)
         size = self.vision.grid**2 + (self.config.vision_feature_select_strategy == "full")
         return self.expand(input_ids, attention_mask, None, pictures, size)[:2]
@@ -331,7 +324,7 @@ class Llava(nn.Module):
             kv_cache = llama.fork_cache(kv_cache, copies, max_new_tokens - 1)
             logits = logits.repeat_interleave(copies, dim=0)
         for step in range(max_new_tokens):
-            ids, parents, real, more = choose(check_finite(logits[:, -1], "the logits"))
+            ids, parents, real, more = choose(logits[:, -1])
             yield ids
             if not more or step == max_new_tokens - 1:
                 return
@@ -345,7 +338,7 @@ class Llava(nn.Module):
         x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
         with llama.matrix_times_vector(x):
             x = self.llama(x, attention_mask, kv_cache=kv_cache, **recorded)[0]
-            return self.llama.head(x)
+            return check_finite(self.llama.head(x), "the logits")
 
     @torch.no_grad()
     def score(self, answers, input_ids, pixel_values=None, attention_mask=None):
@@ -353,22 +346,20 @@ class Llava(nn.Module):
 
         The prompt and its pictures are read once; the answers go on from copies of its cache, side by side.
         """
-        longest = max(len(answer) for answer in answers)
-        ids = torch.tensor([answer + [self.config.padding] * (longest - len(answer)) for answer in answers], device=self.device)
-        real = torch.arange(longest, device=self.device) < torch.tensor([[len(answer)] for answer in answers], device=self.device)
+        rows = [torch.tensor(answer, dtype=torch.int64, device=self.device) for answer in answers]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.config.padding)
+        real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
         input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask)
         kv_cache = self.init_kv_cache(1, input_ids.shape[1])
         first = self(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, logits_to_keep=1).logits  # (1, 1, V)
-        kv_cache = llama.fork_cache(kv_cache, len(answers), longest)
+        kv_cache = llama.fork_cache(kv_cache, len(answers), ids.shape[1])
         attention_mask = torch.cat([attention_mask.expand(len(answers), -1), real], dim=1)
         rest = self(ids, attention_mask=attention_mask, kv_cache=kv_cache).logits
         logits = torch.cat([first.expand(len(answers), -1, -1), rest[:, :-1]], dim=1)
         scores = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
         return scores.masked_fill(~real, 0).sum(1)
 
-    def reorder_cache(self, kv_cache, beam_idx):
-        """Row b of the cache becomes a copy of row beam_idx[b], in place. beam_idx (B,) int64."""
-        llama.reorder_cache(kv_cache, beam_idx)
+    reorder_cache = staticmethod(llama.reorder_cache)  # takes kv_cache and beam_idx, in place
 
     @property
     def gradient_checkpointing(self):
@@ -392,6 +383,8 @@ class Llava(nn.Module):
             raise ValueError("a quantised or packed model cannot be resized: load it without quantize, compile or inference mode")
 
         def resized(weight):
+            if n == len(weight):
+                return weight
             rows, new = weight.float(), max(0, n - len(weight))
             spread = (rows - rows.mean(0)) / len(rows) ** 0.5  # spreadᵀ spread is the covariance
             drawn = rows.mean(0) + 1e-9**0.5 * torch.randn(new, len(rows), device=rows.device) @ spread
@@ -495,10 +488,10 @@ class Processor:
         wanted = sum(row.count(self.image_id) for row in rows)
         if wanted != len(images):
             raise ValueError(f"the prompt holds {wanted} {IMAGE} and {len(images)} pictures were given: it takes one for each")
-        longest = max(len(row) for row in rows)
-        ids = [[self.pad_id] * (longest - len(row)) + row for row in rows]
-        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        inputs = {"input_ids": ids, "attention_mask": mask}
         if images:
             images = [image if isinstance(image, Image.Image) else vision.open_image(image) for image in images]
             inputs["pixel_values"] = torch.stack([vision.preprocess(image, self.preprocess_config, pad) for image in images])
@@ -555,6 +548,8 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     """
     device = pick_device(device)
     dtype = dtype if dtype == "auto" else pick_dtype(dtype)
+    if quantize not in (None, *llama.QUANTIZED):
+        raise ValueError(f"quantize is {quantize!r}, and must be {' or '.join(llama.QUANTIZED)}")
     if compile:
         check_compiler(device)
     folder = weights.find(model, revision)
@@ -572,7 +567,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
         llama.split(llava.llama, device)
         packed = False
     if quantize is not None:
-        llama.quantize_layers(llava.llama, quantize, dtype)
+        llama.replace_layers(llava.llama, llama.QUANTIZED[quantize], dtype)
     if packed and device.type == "cpu" and llama.PackedLinear.works(dtype):
         llama.replace_layers(llava, llama.PackedLinear, dtype)
     check_memory(llava, device, dtype)
@@ -595,7 +590,7 @@ def pick_device(name):
         return torch.device(next(kind for kind, number in there.items() if number))
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ValueError(f"there is no device {name!r}: auto, {', '.join(there)} are known") from None
     if (device.index or 0) >= there.get(device.type, 0):
         raise ValueError(f"this machine has no device {str(device)!r}, or torch was built without it: try --device cpu")
@@ -611,7 +606,7 @@ def pick_dtype(dtype):
     return known[name]
 
 
-def fastest_dtype(model, device, stored, quantize=None):
+def fastest_dtype(model, device, stored, quantize):
     """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
     reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed.
     The kernels of quantised weights take bfloat16 alone.
@@ -625,12 +620,14 @@ def fastest_dtype(model, device, stored, quantize=None):
 
 def check_memory(model, device, dtype):
     """Say that a model will not fit before it is read, instead of being stopped by the system halfway through."""
-    needed = sum(getattr(tensor, "to_local", lambda t=tensor: t)().numel() for tensor in model.parameters()) * dtype.itemsize
-    needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised layers
+    mine = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in model.parameters()]  # of a split model
+    needed = sum(tensor.numel() for tensor in mine) * dtype.itemsize
+    needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised and packed layers
     if device.type == "cuda":
         there = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and hasattr(os, "sysconf"):
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # the processes of torchrun share it
     else:
         return
     if needed > there:
@@ -808,8 +805,13 @@ def run(options):
         raise ValueError(f"seed is {options.seed}, and must be a number of at most 64 bits")
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
-    explain = lazy_explain(options) if options.trace or options.explain is not None else None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    explain = None
+    if options.trace or options.explain is not None:  # the one import from notebooks/, for these two alone
+        sys.path.append(str(Path(__file__).resolve().parent / "notebooks"))
+        import explain
+
+        explain.check(options)
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:  # torchrun has set them
         join(options)
     images = [] if options.each else [open_named(name) for name in options.image]
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
@@ -827,17 +829,7 @@ def run(options):
     pieces = answer(model, processor, options, question(options), images, talk)
     for text in explain.watch(model, processor, options, images, talk, pieces) if explain else pieces:
         print(text, end="", flush=True)
-    print(flush=True)
     return 0
-
-
-def lazy_explain(options):
-    """notebooks/explain.py, which only --trace and --explain need, once it has checked the other options."""
-    sys.path.append(str(Path(__file__).resolve().parent / "notebooks"))
-    import explain
-
-    explain.check(options)
-    return explain
 
 
 def join(options):
@@ -861,13 +853,10 @@ def open_named(name):
     return vision.open_image(sys.stdin.buffer if name == "-" else name)
 
 
-def opening(options):
-    """The turns in front of the question."""
-    return [("system", AUTHORS_SYSTEM if options.system == "authors" else options.system)] if options.system else []
-
-
 def question(options):
-    return [*opening(options), ("user", options.prompt)]
+    """The turns that ask for an answer: the system's sentence, if there is one, and the user's question."""
+    system = AUTHORS_SYSTEM if options.system == "authors" else options.system
+    return [("system", system), ("user", options.prompt)] if system else [("user", options.prompt)]
 
 
 @dataclass
@@ -894,13 +883,14 @@ def answer(model, processor, options, turns, images, talk=None):
             said += best[0].tolist()
             yield processor.decode(said)
         else:
-            yield from processor.tokenizer.stream(remember(model.stream(**inputs, **settings), said))
+            yield from processor.tokenizer.stream(model.stream(**inputs, **settings), said)
     finally:  # also when the answer is broken off
         cost.close()
         if said:
             read = max(0, llama.length(talk.kv_cache) - end)
             talk.ids = said[read:] + ([] if said[-1] in model.config.eos_token_ids else [processor.eos_id])
-    print(cost.line(len(said)), file=sys.stderr)
+    yield "\n"
+    print(cost.summary(len(said)), file=sys.stderr)
     if said[-1] not in model.config.eos_token_ids:
         notice(f"the answer is cut off after {len(said)} tokens")
 
@@ -923,20 +913,13 @@ def context(model):
     return min(model.config.text_config.max_position_embeddings, 8192)
 
 
-def remember(steps, seen):
-    """The ids of a single row, appended to the list `seen` on their way."""
-    for ids in steps:
-        seen.append(int(ids[0]))
-        yield seen[-1]
-
-
 def answer_each(model, processor, options):
     """The question of each picture in turn, an answer a line after the file's name. A bad file costs only its own line."""
     status = 0
     for name in options.image:
         try:
             text = "".join(answer(model, processor, options, question(options), [open_named(name)]))
-            print(f"{name}\t{' '.join(text.split())}", flush=True)
+            print(f"{line(name)}\t{' '.join(text.split())}", flush=True)
         except (ValueError, FileNotFoundError) as error:
             status = fail(error)
     return status
@@ -944,18 +927,17 @@ def answer_each(model, processor, options):
 
 def print_choices(model, processor, images, options):
     """Each choice and its probability, given that the answer is one of them: the likelihood of its words and of the end."""
-    turns = [[*question(options), ("assistant", words)] for words in options.choices]
-    inputs = [processor.chat(each, images, options.pad) for each in turns]
-    for each, tensors in zip(turns, inputs, strict=True):
-        pieces = [*processor.tokenizer.start, *processor.turns(each, len(images))]
-        check_prompt(model, processor, options, pieces, tensors)
-    rows = [each["input_ids"][0].tolist() for each in inputs]
-    asked = len(processor.chat(question(options), images, options.pad)["input_ids"][0])
-    shared = 0  # how far the rows are alike: to the end of the question, unless a choice melts into it
-    while shared < asked and len({row[shared] for row in rows}) == 1:
+    start, asked = processor.tokenizer.start, processor.turns(question(options), len(images))
+    pieces = [[*start, *asked, *processor.turns([("assistant", words)])] for words in options.choices]
+    rows = [processor.encode(each) for each in pieces]
+    shared, end = 0, len(processor.encode([*start, *asked]))
+    while shared < end and len({row[shared] for row in rows}) == 1:  # to the end of the question, unless a choice melts into it
         shared += 1
-    prompt = torch.tensor([rows[0][:shared]])
-    scores = model.score([row[shared:] for row in rows], prompt, inputs[0].get("pixel_values"))
+    inputs = processor.inputs([rows[0][:shared]], images, options.pad)
+    del inputs["attention_mask"]  # one row has no padding
+    for each, row in zip(pieces, rows, strict=True):
+        check_prompt(model, processor, options, each, {**inputs, "input_ids": torch.tensor([row])})
+    scores = model.score([row[shared:] for row in rows], inputs["input_ids"], inputs.get("pixel_values"))
     for words, probability in zip(options.choices, scores.softmax(0).tolist(), strict=True):
         print(f"{probability:.4f}\t{words}")
     return 0
@@ -982,7 +964,7 @@ class Cost:
         for hook in self.hooks:
             hook.remove()
 
-    def line(self, tokens):
+    def summary(self, tokens):
         """What `tokens` new tokens took; the first of them comes out of the prefill."""
         marks = self.marks
         image = f"image {1000 * (marks['prefill'] - marks['image']):.0f} ms, " if "image" in marks else ""
@@ -1011,7 +993,7 @@ def chat(model, processor, images, options):
     """Talk about pictures. A turn is the ids that are new, behind what the cache holds: pictures are encoded once, and nothing
     that was said is read again. The form is the one published for several turns, "USER: … ASSISTANT: …</s>USER: …".
     """
-    talk, turns = Talk(processor.tokenizer.start, model.init_kv_cache(1, context(model))), opening(options)
+    talk, turns = Talk(processor.tokenizer.start, model.init_kv_cache(1, context(model))), question(options)[:-1]
     while (words := read_line()) is not None:
         if words.split()[0] == "/image":
             try:
@@ -1024,13 +1006,13 @@ def chat(model, processor, images, options):
             for text in answer(model, processor, options, [*turns, ("user", words)], images, talk):
                 print(text, end="", flush=True)
         except KeyboardInterrupt:  # stops the answer and keeps the talk
-            pass
+            print(flush=True)
         except ValueError as error:
+            print(flush=True)
             fail(error)
             if images:  # or they would be refused with each question from here on
                 notice("the pictures that waited for this question are let go: /image FILE gives one again")
                 images = []
-        print(flush=True)
         if talk.ids is before:  # nothing was answered: as if it had not been asked
             talk.kv_cache["length"].fill_(past)
         else:
@@ -1042,19 +1024,18 @@ def read_line():
     """The next line that is not empty, None at the end of the input. On a terminal with line editing and a history."""
     while True:
         try:
-            if sys.stdin.isatty() and sys.stdout.isatty():
+            terminal = sys.stdin.isatty() and sys.stdout.isatty()
+            if terminal:
                 with contextlib.suppress(ImportError):  # Windows edits lines by itself
                     import readline  # noqa: F401 (input() edits lines once it is there)
-                words = input("> ")
-            else:
-                words = input()
+            words = input("> " if terminal else "").strip()
         except EOFError:
             return None
         except KeyboardInterrupt:
             print(file=sys.stderr)
             continue
-        if words.strip():
-            return words.strip()
+        if words:
+            return words
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import contextlib
 import io
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +61,10 @@ def open_image(file):
             with Image.open(stream, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:  # so says the header; nothing is unpacked yet
                     raise Image.DecompressionBombError
-                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # an MPO's others are previews
+                several = image.format != "MPO" and getattr(image, "is_animated", False)  # an MPO's others are previews
                 image.load()
                 image = ImageOps.exif_transpose(image)
+        image = to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no such picture: {name}") from None
     except Image.DecompressionBombError:
@@ -75,9 +75,9 @@ def open_image(file):
         raise
     except Exception:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
         raise ValueError(f"{name} cannot be read as a picture: the file is damaged, cut short or not readable") from None
-    if frames > 1:
-        warnings.warn(f"{name} holds {frames} pictures; only the first one is used", stacklevel=2)
-    return to_rgb(image)
+    if several:
+        warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=2)
+    return image
 
 
 def to_rgb(image):
@@ -295,7 +295,7 @@ class VisionTower(nn.Module):
     def init_weights(self):
         """Random weights for training from scratch, drawn as CLIPPreTrainedModel does: normal, biases 0, norms the identity."""
         width, depth = self.config.hidden_size, (2 * self.config.num_hidden_layers) ** -0.5
-        normal = partial(nn.init.normal_, mean=0.0)
+        normal = nn.init.normal_
         normal(self.class_embedding, std=width**-0.5)
         normal(self.patch_embedding.weight, std=0.02)
         normal(self.position_embedding, std=0.02)

@@ -10,8 +10,10 @@ parameter of the model is set exactly once, or there is an error that names the 
 Notebook: notebooks/6_the_bug_zoo.ipynb.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import types
 import typing
@@ -101,10 +103,6 @@ def translate(name, table):
     return found and found.replace("{i}", number[1])
 
 
-def is_unused(name):
-    return any(re.search(pattern, name) for pattern, _ in UNUSED)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Where a checkpoint is
 
@@ -127,12 +125,12 @@ def find(model, revision=None):
     return download(model, revision)
 
 
-def download(repo, revision=None):
+def download(repo, revision):
     """Bring the files that are needed, and no others, into the Hub's cache; a broken download goes on where it stopped.
 
     Obeys HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Returns the folder of the snapshot.
     """
-    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
 
     here = f"{repo} at revision {revision}" if revision else repo
     try:
@@ -140,7 +138,7 @@ def download(repo, revision=None):
         commit = folder.name  # so that all the files are of the same one
         files = [file.name for file in shards(folder)] if (folder / INDEX).exists() else [SINGLE]
         for name in files:
-            if not (folder / name).exists() and not is_offline():
+            if not (folder / name).exists() and not constants.HF_HUB_OFFLINE:
                 fetch(repo, name, commit, folder.parents[1] / "blobs")
             hf_hub_download(repo, name, revision=commit)
     except errors.GatedRepoError:
@@ -150,13 +148,18 @@ def download(repo, revision=None):
     except errors.RepositoryNotFoundError:
         raise OSError(f"{here} is neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = "HF_HUB_OFFLINE is set" if is_offline() else f"the Hub gave no answer ({reason(error.__cause__ or error)})"
+        why = f"the Hub gave no answer ({reason(error.__cause__ or error)})"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
         raise OSError(f"{here} is not in the cache and {why}: give a folder, or --model tiny") from None
     except errors.EntryNotFoundError:
-        kept = [file for file in HfApi().list_repo_files(repo, revision=commit) if file.endswith(PICKLED) and name == SINGLE]
+        kept = []
+        with contextlib.suppress(OSError, errors.HTTPError):  # no answer now: then it is just missing
+            kept = [file for file in HfApi().list_repo_files(repo, revision=commit) if file.endswith(PICKLED) and name == SINGLE]
         raise OSError(pickled(here, kept[0]) if kept else f"{here} holds no {name}") from None
     except errors.HfHubHTTPError as error:
         raise OSError(f"the Hub refused {here}: {reason(error)}") from None
+    except json.JSONDecodeError:  # a page where an answer should be: some networks ask for a password first
+        raise OSError(f"{here} cannot be had, as what answers is not the Hub: give a folder, or --model tiny") from None
     except errors.HTTPError as error:  # of the connection
         raise OSError(f"the download of {here} broke off ({reason(error)}): the same command goes on from there") from None
     return folder
@@ -189,12 +192,6 @@ def reason(error):
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def is_offline():
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_OFFLINE
-
-
 def pickled(where, name):
     return (
         f"{where} holds its weights only as {name}: such files are pickled, can run any code when opened and are not read here. "
@@ -219,7 +216,7 @@ def shards(folder):
     files = [folder / name for name in sorted(set(weight_map.values()))]
     here = folder.resolve()
     for file in files:  # nor may a link lead elsewhere, except to where the Hub's cache keeps what its snapshots link to
-        if file.resolve().parent not in (here, here.parent.parent / "blobs"):
+        if Path(os.path.realpath(file)).parent not in (here, here.parent.parent / "blobs"):
             raise ValueError(f"{folder / INDEX}: {file.name} is a link out of the folder: put the file itself there")
     return files
 
@@ -228,18 +225,18 @@ def shards(folder):
 # Configs
 
 
-def small_file(file):
-    """The same path, if a file is there that can be read as a whole. Raises OSError or ValueError with a finished sentence."""
+def small_file(file, most=50_000_000):
+    """The same path, if a file of at most so many bytes is there. Raises OSError or ValueError with a finished sentence."""
     if not file.is_file():  # a pipe would be waited for
         raise FileNotFoundError(f"{file.parent} holds no {file.name}")
-    if file.stat().st_size > 50e6:
+    if file.stat().st_size > most:
         raise ValueError(f"{file} is too large for what it should hold")
     return file
 
 
 def read_json(file):
     """A JSON file that holds an object → dict. Raises OSError or ValueError with a finished sentence."""
-    small_file(file)
+    small_file(file, 4_000_000)  # an object takes forty times the memory of its two brackets
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of its syntax, its UTF-8, a number of thousands of digits, its depth
@@ -254,7 +251,7 @@ IGNORED = {  # fields that do not change what the model computes, of the model's
     "eos_token_id", "ignore_index", "image_seq_length", "initializer_factor", "initializer_range", "is_composition",
     "max_window_layers", "model_type", "num_image_tokens", "pad_token_id", "pretraining_tp", "processor_class", "projection_dim",
     "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "use_image_newline_parameter",
-    "vocab_size", "_name_or_path",
+    "vocab_size", "_attn_implementation_autoset", "_name_or_path",
     # … of the preprocessor's …
     "data_format", "feature_extractor_type", "image_processor_type", "_valid_processor_keys",
     # … and those that every config of transformers 4 carried along when it was saved in full
@@ -302,27 +299,19 @@ def checked(value, expected, where):
     if type(value) in (int, float) and value <= 0 and where.endswith(positive):
         raise ValueError(f"{where} is {value!r}, and must be above 0")
     numbers = (int,) if where.endswith(("_layer", "_id")) else (int, float)
-    if type(value) is list and not (value and all(type(item) in numbers and -limit <= item <= limit for item in value)):
-        raise ValueError(f"{where} is {value!r}, and must be a list of numbers")
+    fits = type(value) is not list or all(type(item) in numbers and -limit <= item <= limit for item in value)
+    if not fits or (type(value) is list and not 0 < len(value) <= 256):
+        raise ValueError(f"{where} is {value!r}, and must be a list of 1 to 256 numbers")
     if type(value) is dict and not all(type(item) is int and 0 < item <= 4096 for item in value.values()):
         raise ValueError(f"{where} is {value!r}, and must hold numbers of pixels")
     return value
 
 
-MISTRAL = {  # where transformers' MistralConfig has other defaults than LlamaConfig
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-PUBLISHED_TOWER = {  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
+# where transformers' MistralConfig has other defaults than LlamaConfig
+MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+PUBLISHED_TOWER = dict(  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+)
 TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 STEPS = dict.fromkeys(["do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"], True)
 
@@ -340,6 +329,8 @@ def read_config(folder, llava_config, preprocess_config):
         names = values.get("architectures")
         name = names[0] if isinstance(names, list) and names else values.get("model_type")
         raise ValueError(f"{where} describes a {name}; this is LLaVA (LlavaForConditionalGeneration) and runs nothing else")
+    if "image_token_id" in values:  # its other name
+        values.setdefault("image_token_index", values.pop("image_token_id"))
     text, tower = section(values, "text_config", where), section(values, "vision_config", where) or PUBLISHED_TOWER
     kind = text.setdefault("model_type", "llama")
     if kind not in ("llama", "mistral"):
@@ -359,15 +350,22 @@ def read_config(folder, llava_config, preprocess_config):
     tower = fill(classes["vision_config"], tower, f"{where}: vision_config", hidden_act="quick_gelu")
     if (folder / "generation_config.json").exists():  # it has the last word on where an answer ends
         generation = read_json(folder / "generation_config.json")
-        values |= {name: generation[name] for name in ("eos_token_id", "pad_token_id") if generation.get(name) is not None}
+        for name in ("eos_token_id", "pad_token_id"):
+            if generation.get(name) is not None:
+                values[name] = checked(generation[name], classes[name], f"{folder / 'generation_config.json'}: {name}")
     if tower.image_size < tower.patch_size:
         raise ValueError(f"{where}: vision_config: image_size is smaller than patch_size")
     if tower.hidden_size % tower.num_attention_heads:
         raise ValueError(f"{where}: vision_config: hidden_size is not a multiple of num_attention_heads")
-    if text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
-        raise ValueError(f"{where}: text_config: num_attention_heads is no multiple of num_key_value_heads, or head_dim is odd")
+    if text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2 or not text.head_dim:
+        raise ValueError(f"{where}: text_config: num_attention_heads is no multiple of num_key_value_heads, or head_dim not even")
     config = fill(llava_config, values, where, projector_hidden_act="gelu")
     config.text_config, config.vision_config = text, tower
+    layers = config.vision_feature_layer if isinstance(config.vision_feature_layer, list) else [config.vision_feature_layer]
+    if any(not -tower.num_hidden_layers - 1 <= layer <= tower.num_hidden_layers for layer in layers):
+        raise ValueError(f"{where}: vision_feature_layer is {layers}, and the tower has {tower.num_hidden_layers} layers")
+    if (strategy := config.vision_feature_select_strategy) not in ("default", "full"):
+        raise ValueError(f"{where}: vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
     text.tie_word_embeddings = config.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
     return config, read_preprocess_config(folder, preprocess_config, tower.image_size)
 
@@ -432,7 +430,6 @@ def scan(model, folder):
     is unknown, missing, repeated, of another shape, or not of floating-point numbers.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = is_tied(model)
     found = {}
     for file in shards(folder):
         if file.exists() and not file.is_file():  # a pipe would be waited for
@@ -448,7 +445,7 @@ def scan(model, folder):
         for name, shape, dtype in entries:
             ours = our_name(name)
             if ours not in expected:
-                if not is_unused(name):
+                if not any(re.search(pattern, name) for pattern, _ in UNUSED):
                     raise ValueError(f"{file}: the tensor {name} has no place in this model")
                 continue
             if ours in found:
@@ -459,7 +456,7 @@ def scan(model, folder):
             if dtype not in DTYPES:
                 raise ValueError(f"{file}: the tensor {name} is of type {dtype}; {', '.join(DTYPES)} are read")
             found[ours] = (file, name, DTYPES[dtype])
-    if tied and "llama.head.weight" not in found and "llama.embed.weight" in found:
+    if is_tied(model) and "llama.head.weight" not in found and "llama.embed.weight" in found:
         found["llama.head.weight"] = found["llama.embed.weight"]
     missing = [name for name in expected if name not in found]
     if missing:
@@ -507,7 +504,8 @@ def read(model, found, dtype, device):
     tied = is_tied(model)
     if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
         file, name, _ = found["llama.head.weight"]
-        raise ValueError(f"{file}: tie_word_embeddings is true, but {name} differs from the embedding")
+        warnings.warn(f"{file}: tie_word_embeddings is true, but {name} differs from the embedding: it is used", stacklevel=2)
+        tied = model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # those that layers keep
     model.load_state_dict(state, assign=True)
     if tied:  # assign makes two parameters of them
@@ -557,7 +555,6 @@ def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
     """
     if list(model.buffers()):
         raise ValueError("a quantised or packed model cannot be saved: load it without quantize, compile or inference mode")
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {translate(name, THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()}
     if is_tied(model):
         del tensors["language_model.lm_head.weight"]
@@ -568,14 +565,16 @@ def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
             room = shard_size
         parts[-1][name] = tensor
         room -= tensor.nbytes
-    files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)] if len(parts) > 1 else [SINGLE]
+    files = [SINGLE]
     if len(parts) > 1:
+        files = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
         weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         size = sum(tensor.nbytes for tensor in tensors.values())
         configs = {**configs, INDEX: {"metadata": {"total_size": size}, "weight_map": weight_map}}
     texts = {file: json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n" for file, values in configs.items()}
     texts["tokenizer.json"] = tokenizer
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         for file, part in zip(files, parts, strict=True):
             save_file(part, folder / f"{file}.new", metadata={"format": "pt"})
         for file, text in texts.items():
@@ -586,7 +585,8 @@ def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
         raise OSError(f"{folder} cannot be written: {error}") from None
     finally:
         for file in (*files, *texts):
-            (folder / f"{file}.new").unlink(missing_ok=True)
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX]:
+            with contextlib.suppress(NotADirectoryError):
+                (folder / f"{file}.new").unlink(missing_ok=True)
+    for stale in [folder / SINGLE, *folder.glob("model-*-of-*.safetensors"), folder / INDEX]:
         if stale.name not in files and stale.name not in texts:
             stale.unlink(missing_ok=True)

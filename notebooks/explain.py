@@ -18,6 +18,7 @@ import html
 import io
 import json
 import os
+import re
 import sys
 import time
 import zlib
@@ -222,10 +223,9 @@ def page(model, processor, options, images, record, said):
         "stages": "\n".join(f"<tr><th scope=row>{'<td>'.join(map(html.escape, row))}" for row in lines(record)),
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for mark, value in marks.items():
-        text = text.replace(f"%%{mark}%%", value if mark in ("stages", "data") else html.escape(value))
-    return text
+    marks |= {mark: html.escape(marks[mark]) for mark in ("title", "model", "question", "answer")}
+    # in one pass: what is put in is not looked at again, whatever a question or an answer holds
+    return re.sub(r"%%(\w+)%%", lambda found: marks[found[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def words(processor, record, said):

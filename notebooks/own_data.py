@@ -46,6 +46,8 @@ class LowRank(nn.Module):
 
 def lora(model, rank):
     """Give the queries and values of each block of the voice a change of low rank → its parameters, the only ones that learn."""
+    if rank > min(min(block.attention.wv.weight.shape) for block in model.llama.blocks):
+        raise ValueError(f"--lora {rank} is no low rank: the matrices themselves have fewer columns")
     linears = [getattr(block.attention, name) for block in model.llama.blocks for name in ("wq", "wv")]
     for linear in linears:
         parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank), unsafe=True)
@@ -66,7 +68,11 @@ def read_questions(folder):
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: a line for each question, such as {EXAMPLE}")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines, which also splits where JSON does not
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -109,12 +115,16 @@ def mean_loss(model, processor, rows, size):
 def train(model, processor, rows, rank=0, epochs=20, size=8, rate=None, seed=0):
     """Train the projector, or with a rank above 0 LoRA alone → (losses before, after), each of (trained on, kept back)."""
     kept, taught = rows[HELD_BACK - 1 :: HELD_BACK], [row for i, row in enumerate(rows, start=1) if i % HELD_BACK]
+    for image, question, answer in rows:
+        turns = processor.turns([("user", question), ("assistant", answer)], 1)
+        if len(processor.encode(turns)) + model.vision.grid**2 > llava.context(model):
+            raise ValueError(f"the question about {image} is too long: the model has {llava.context(model)} positions")
     torch.manual_seed(seed)
     model.requires_grad_(False)
     model.gradient_checkpointing = model.device.type == "cuda"
     parameters = lora(model, rank) if rank else list(model.projector.requires_grad_(True).parameters())
     before = mean_loss(model, processor, taught, size), mean_loss(model, processor, kept, size)
-    optimizer = torch.optim.AdamW(parameters, lr=rate or (1e-3 if rank else 2e-3), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=(1e-3 if rank else 2e-3) if rate is None else rate, weight_decay=0.0)
     steps = epochs * -(-len(taught) // size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, optimizer.param_groups[0]["lr"], total_steps=max(2, steps), pct_start=0.1
@@ -150,8 +160,8 @@ def main(arguments=None):
     try:
         if Path(options.out).exists():
             raise ValueError(f"{options.out} is there already: name a new folder")
-        if min(options.epochs, options.batch) < 1 or options.lora < 0:
-            raise ValueError("--epochs and --batch are at least 1, and --lora is not negative")
+        if min(options.epochs, options.batch) < 1 or options.lora < 0 or (options.rate is not None and options.rate <= 0):
+            raise ValueError("--epochs and --batch are at least 1, --lora is not negative, and --rate is above 0")
         rows = read_questions(options.folder)
         for image, _, _ in rows:  # before anything is loaded
             vision.open_image(image)
@@ -159,7 +169,7 @@ def main(arguments=None):
         before, after = train(model, processor, rows, options.lora, options.epochs, options.batch, options.rate)
         llava.save(model, processor, options.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {llava.line(error)}", file=sys.stderr)
         return 2
     print(f"loss on what was trained: {before[0]:.3f} → {after[0]:.3f}, on what was kept back: {before[1]:.3f} → {after[1]:.3f}")
     return 0

@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
@@ -229,14 +231,15 @@ def main(arguments=None):
         dtype, device = llava.pick_dtype(options.dtype), llava.pick_device(options.device)
         folder = weights.find(options.model)
         image = vision.open_image(options.image or weights.find("tiny") / "scene.png")
+        other = load_file(options.against) if options.against else {}
+        if options.dump:
+            Path(options.dump).open("ab").close()  # now, and not after all the work
         stages, config, processor = run_ours(str(folder), dtype, device, image, not options.no_gradients)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    from safetensors.torch import load_file, save_file
 
     if options.dump:
         save_file({name: tensor.contiguous() for name, tensor in stages.items()}, options.dump)
@@ -244,7 +247,6 @@ def main(arguments=None):
         return 0
     gc.collect()
     if options.against:
-        other = load_file(options.against)
         unknown = [name for name in other if name not in stages]
         if unknown:
             print(f"not compared, as ours has no stage of that name: {', '.join(unknown)}")

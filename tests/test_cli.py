@@ -419,7 +419,7 @@ def test_a_warning_is_a_notice(ask, tmp_path, pictures):
     frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
     found = ask("--image", tmp_path / "moving.gif", "--max-new-tokens", 3)
     assert found.status == 0
-    assert found.err.splitlines()[0] == f"notice: {tmp_path}/moving.gif holds 3 pictures; only the first one is used"
+    assert found.err.splitlines()[0] == f"notice: {tmp_path}/moving.gif holds several pictures; only the first one is used"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -488,9 +488,12 @@ def test_choices(main, pair, reference, monkeypatch, pictures, number):
     printed = torch.tensor([float(probability) for probability, _ in lines], dtype=torch.float64)
     assert abs(printed.sum() - 1) < 1e-3 and (printed > 0.01).sum() > 1
 
+    prepared, preprocess = [], vision.preprocess
+    monkeypatch.setattr(vision, "preprocess", lambda *args: prepared.append(args) or preprocess(*args))
     scores = []
     monkeypatch.setattr(model, "score", lambda *args, score=model.score: scores.append(score(*args)) or scores[-1])
     main(*(["--image", *images] if images else []), "--prompt", "Is it red?", "--choices", *CHOICES)
+    assert len(prepared) == number  # once, not once for each choice
     for whole in (model, reference):
         right = likelihoods(whole, processor, images, [], CHOICES)
         torch.testing.assert_close(printed, right.softmax(0), rtol=0, atol=1e-4)
@@ -584,7 +587,7 @@ OPTIONS = {  # options that nothing need be read for: what the line must say
     "--top-k 1.5": "--top-k: invalid int value",
     "--max-new-tokens 0": "max_new_tokens is 0, and must be at least 1",
     "--max-new-tokens -3": "max_new_tokens is -3",
-    "--num-beams 0": "num_beams is 0, and must be at least 1",
+    "--num-beams 0": "num_beams is 0, and must be 1 to 256",
     "--num-beams 2 --temperature 1": "beam search does not sample",
     "--seed 99999999999999999999": "seed is 99999999999999999999, and must be",
     "--seed x": "--seed: invalid int value",

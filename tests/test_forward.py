@@ -754,6 +754,51 @@ def test_a_picture_that_overflows_is_reported_as_such(typed, family):
         model.get_image_features(pixels)
 
 
+def test_logits_that_overflow_are_reported_by_every_way_to_them(model):
+    other, ids = copy.deepcopy(model), torch.tensor([[1, 40, 41]])
+    other.llama.norm.weight[3] = torch.inf
+    for way in (lambda: other(ids), lambda: other.score([[5], [6, 7]], ids), lambda: next(other.stream(ids, max_new_tokens=2))):
+        with torch.no_grad(), pytest.raises(ValueError, match="the logits are not finite"):
+            way()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_a_padded_batch_is_that_of_its_rows(model, side):
+    """Nothing is predicted from padding: the first token of a row does not count, wherever the row is padded."""
+    rows = [torch.tensor([1, 20, 21]), torch.tensor([1, 5, 6, 7, 8, 9]), torch.tensor([1, 30, 31, 32])]
+    pad = dict(batch_first=True, padding_side=side)
+    ids = torch.nn.utils.rnn.pad_sequence(rows, padding_value=0, **pad)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], **pad)
+    labels = torch.nn.utils.rnn.pad_sequence(rows, padding_value=-100, **pad)
+    with torch.no_grad():
+        alone = [model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows]
+        together = model(ids, attention_mask=mask, labels=labels).loss
+        again = model(ids, attention_mask=mask, labels=labels.int()).loss
+    torch.testing.assert_close(together, sum(alone) / sum(len(row) - 1 for row in rows), rtol=1e-6, atol=0)
+    assert again == together
+
+
+def test_logits_to_keep_may_name_positions(model, reference):
+    ids, where = torch.tensor([[1, 40, 41, 42, 43]]), torch.tensor([4, 0, 2])
+    with torch.no_grad():
+        ours, theirs = (each(input_ids=ids, logits_to_keep=where).logits for each in (model, reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_shapes_that_do_not_belong_together_are_named(model):
+    ids = torch.tensor([[1, 40, 41]])
+    for words, inputs in {
+        r"position_ids has the shape \(1, 2\)": dict(input_ids=ids, position_ids=torch.arange(2)[None]),
+        r"labels has the shape \(1, 5\), and the input \(1, 3\)": dict(input_ids=ids, labels=torch.ones(1, 5, dtype=torch.int64)),
+        r"the input has the shape \(3,\)": dict(input_ids=ids[0]),
+        r"the input has the shape \(1, 0\)": dict(input_ids=ids[:, :0]),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            model(**inputs)
+    with pytest.raises(ValueError, match="at least one position"):
+        model.generate(ids[:, :0], max_new_tokens=2)
+
+
 def test_large_numbers_are_not_taken_for_numbers_out_of_range():
     """Each is finite, their sum is not; and in float16 not even the sum of small ones."""
     for dtype, value in ((torch.bfloat16, 2e38), (torch.float32, 2e38), (torch.float64, 1e308), (torch.float16, 60000.0)):

@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
 import pytest
 import torch
 from layouts import Checkpoint
 from reference import ROOT
 
 import llava
+import weights
 
 NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
 LURES = {  # what a repository also holds, and nobody needs
@@ -353,6 +355,21 @@ def test_sharded_and_odd_repositories(hub, ask, files, checkpoints, tmp_path):
     assert "team/empty holds no model.safetensors" in said["empty"][1]
     assert "'../../../config.json', which is not the bare name" in said["hostile"][1]
     assert "team/lacking" in said["lacking"][1] and "model-00002-of-00003.safetensors" in said["lacking"][1]
+
+
+def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, monkeypatch):
+    def missing(*_, **__):
+        raise huggingface_hub.errors.EntryNotFoundError("404")
+
+    def silent(*_, **__):
+        raise huggingface_hub.errors.HTTPError("the line is dead")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "a" / "b" / "c"))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", silent)
+    monkeypatch.setattr(weights, "fetch", lambda *_: None)
+    with pytest.raises(OSError, match=r"a/b holds no model\.safetensors"):
+        weights.find("a/b")
 
 
 LARGE = {"config.json": b"{}", "model.safetensors": os.urandom(1000) * 24_000}  # the Hub's client writes in pieces of 10 MB

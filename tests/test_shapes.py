@@ -68,7 +68,7 @@ ARGUMENTS = {  # what the arguments of a function decide
     "vision.preprocess": lambda v: dict(H=v["config"].crop_size["height"], W=v["config"].crop_size["width"]),
     "vision.VisionTower.forward": lambda v: dict(N=len(v["pixel_values"])),
     "llama.Llama.forward": lambda v: decoder(v["x"], v["kv_cache"]),
-    "llama.real_tokens": lambda v: decoder(torch.empty(v["batch_size"], v["new"]), v["kv_cache"]),
+    "llama.real_tokens": lambda v: decoder(torch.empty(*v["shape"]), v["kv_cache"]),
     "llama.filtered": lambda v: dict(B=len(v["logits"])),
     "llama.beam_step": lambda v: dict(
         B=v["beams"]["ids"].shape[0],

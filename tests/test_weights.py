@@ -4,6 +4,7 @@ import ast
 import errno
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -213,9 +214,12 @@ def test_a_tied_head_may_be_there_if_it_is_equal(copy):
 
 
 @pytest.mark.parametrize("layout", "AB")
-def test_a_tied_head_that_differs_is_named(copy, layout):
-    message = refusal(tied(copy).write(layout))
-    assert "tie_word_embeddings" in message and f"{rename(HEAD, layout)} differs" in message
+def test_a_tied_head_that_differs_is_named_and_used(copy, layout):
+    """As transformers 5 does it: configs that transformers 4 wrote in full say true at the top, whatever the model is."""
+    with pytest.warns(UserWarning, match=f"tie_word_embeddings is true, but {re.escape(rename(HEAD, layout))} differs"):
+        model = load(tied(copy).write(layout))
+    assert torch.equal(model.llama.head.weight, copy.tensors[HEAD]) and torch.equal(model.llama.embed.weight, copy.tensors[EMBED])
+    assert model.config.tie_word_embeddings is model.config.text_config.tie_word_embeddings is False
 
 
 def test_an_old_revision_with_more_rows_loads(copy):
@@ -324,7 +328,11 @@ def test_the_class_defaults_are_those_of_transformers(tmp_path):
     ({"model_type": None, "architectures": 5}, "describes a None"),
     ({"vision_config": {"num_attention_heads": 5}}, "multiple of num_attention_heads"),
     ({"text_config": {"num_key_value_heads": 4}}, "num_key_value_heads"),
-    ({"text_config": {"head_dim": 7}}, "head_dim is odd"),
+    ({"text_config": {"head_dim": 7}}, "head_dim not even"),
+        ({"text_config": {"num_attention_heads": 256, "num_key_value_heads": 256, "head_dim": None}}, "head_dim not even"),
+        ({"vision_feature_layer": [-2] * 3000}, "must be a list of 1 to 256 numbers"),
+        ({"vision_feature_layer": -99}, "vision_feature_layer is [-99]"),
+        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy is 'cls'"),
     ({"vision_feature_layer": []}, "vision_feature_layer is []"),
     ({"vision_feature_layer": ["a"]}, "vision_feature_layer is ['a']"),
     ({"vision_feature_layer": [-2, 1.5]}, "vision_feature_layer is [-2, 1.5]"),
@@ -416,7 +424,7 @@ def test_generation_config_has_the_last_word_on_where_an_answer_ends(copy, ids):
 
 @pytest.mark.parametrize("ids", ["x", ["x"], [], {"a": 1}, 2.5, True, [2.5], [2, 10**30]])
 def test_an_end_that_is_no_token_is_refused_by_its_field(copy, ids):
-    assert "eos_token_id" in refusal(copy.config("generation_config.json", eos_token_id=ids).write())
+    assert "generation_config.json: eos_token_id" in refusal(copy.config("generation_config.json", eos_token_id=ids).write())
 
 
 def test_a_checkpoint_without_generation_config_loads(copy):
@@ -772,6 +780,13 @@ def test_ctrl_c_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llava.save(model, processor, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_files_that_no_checkpoint_has_written_stay(pair, tmp_path):
+    for name in ("model_backup.safetensors", "model.fp32.safetensors", "notes.txt"):
+        (tmp_path / name).write_bytes(b"mine")
+    llava.save(*pair[:2], tmp_path)
+    assert all((tmp_path / name).read_bytes() == b"mine" for name in ("model_backup.safetensors", "model.fp32.safetensors"))
 
 
 def test_a_model_may_be_saved_over_the_files_that_it_came_from(copy):
