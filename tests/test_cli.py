@@ -298,6 +298,17 @@ def test_the_model_options_reach_load(main, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("options", [[], ["--num-beams", "2"], ["--chat"]])
+def test_the_answer_s_line_ends_before_the_cost(monkeypatch, options):
+    """On a terminal both go to the same place."""
+    both = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    assert llava.main(["--model", "tiny", "--device", "cpu", "--prompt", "Hi", "--max-new-tokens", "3", *options]) == 0
+    assert re.search(r"^prefill \d+ ms, ", both.getvalue(), re.M), both.getvalue()
+
+
 def test_a_model_is_packed_for_more_answers_than_one(main, monkeypatch):
     modes = []
 
@@ -437,6 +448,11 @@ def test_each_picture_in_turn(ask, ours, pictures, tmp_path):
     errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 2 and str(bad) in errors[0] and "missing.png" in errors[1]
     assert len(re.findall(COST, found.err)) == 2
+
+    odd = tmp_path / "odd\x1b[2J\n.png"  # what a terminal would obey, and a line of its own
+    shutil.copy(pictures[0], odd)
+    found = ask("--each", "--image", odd, "--max-new-tokens", 3)
+    assert found.status == 0 and found.out.startswith(f"{tmp_path}/odd [2J .png\t") and found.out.count("\n") == 1
 
     found = ask("--each", "--image", *pictures, "--max-new-tokens", 3)
     assert found.status == 0 and [line.split("\t")[0] for line in found.out.splitlines()] == pictures

@@ -235,6 +235,7 @@ def test_a_photo_is_shrunk_for_the_page(main, tmp_path):
 def test_what_a_user_types_does_not_become_part_of_the_page(main, tmp_path):
     nasty = "</script><script>alert(1)</script>&%%data%%"
     _, page, _ = pages(main, tmp_path, "--model", "tiny", "--image", SCENE, "--prompt", nasty, "--max-new-tokens", 3)
+    assert page.count('"words":') == 1  # a mark in what is typed is text, too
     assert "<script>alert" not in page and html.escape("</script><script>alert(1)</script>&") in page
 
 
@@ -371,6 +372,9 @@ def test_keyboard_mouse_and_touch(visit, page_file, browser):
     assert tab.evaluate("document.activeElement.textContent") == words[2]  # one stop for the whole answer
     tab.keyboard.press("ArrowRight")
     assert tab.evaluate("document.activeElement.textContent") == words[3] == shown(tab)[0]
+    tab.focus(".scroll")
+    tab.keyboard.press("ArrowRight")  # scrolls the table
+    assert shown(tab)[0] == words[3]
     tab.hover("#answer button:nth-child(9)")
     assert shown(tab)[0] == words[8]
     phone = visit(page_file, viewport={"width": 375, "height": 700}, has_touch=True, is_mobile=True)

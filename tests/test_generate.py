@@ -1,5 +1,6 @@
 """Decoding: greedy, sampled, beams, the ends of rows, streams, and going on from a cache."""
 
+import copy
 import math
 
 import pytest
@@ -284,3 +285,9 @@ def test_text_only(model, reference):
     ours = model.generate(**batch, max_new_tokens=10)
     assert torch.equal(ours, reference_generate(reference, batch, 2, max_new_tokens=10))
     assert ours.max() < VOCABULARY
+
+
+def test_more_ends_than_the_vocabulary_has_room_for(model):
+    other = copy.deepcopy(model)
+    other.config.eos_token_id = list(range(other.config.text_config.vocab_size))
+    assert other.generate(torch.tensor([[1, 40]]), num_beams=2, max_new_tokens=3).shape[0] == 1

@@ -372,6 +372,12 @@ def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, mon
         weights.find("a/b")
 
 
+def test_a_page_where_the_hub_should_be(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: json.loads("<html>who are you?</html>"))
+    with pytest.raises(OSError, match="a/b cannot be had, as what answers is not the Hub: give a folder, or --model tiny"):
+        weights.find("a/b")
+
+
 LARGE = {"config.json": b"{}", "model.safetensors": os.urandom(1000) * 24_000}  # the Hub's client writes in pieces of 10 MB
 PIECE, HALF = 10 * 2**20, 12_000_000
 

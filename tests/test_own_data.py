@@ -92,6 +92,7 @@ def test_only_the_answer_counts(folder):
         ('{"image": "0.png", "question": "?", "answer": 3}', "none is empty"),
         ('{"image": "0.png", "question": "?", "answer": "yes"}', "has 1 questions"),
         ("\n".join(['{"image": "gone.png", "question": "?", "answer": "yes"}'] * 5), "no such picture"),
+        ("\ufeff" + "\n".join(['{"image": "gone.png", "question": "a\u2028b", "answer": "yes"}'] * 5), "no such picture"),
     ],
 )
 def test_a_wrong_file_is_one_sentence(tmp_path, capsys, lines, said):
@@ -101,6 +102,20 @@ def test_a_wrong_file_is_one_sentence(tmp_path, capsys, lines, said):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_options_and_lengths_that_would_ruin_the_model_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "questions.jsonl").write_bytes("Größe".encode("latin-1"))
+    for arguments, said in (
+        ([str(folder), "--lora", "1000"], "is no low rank"),
+        ([str(folder), "--rate", "0"], "--rate is above 0"),
+        ([str(tmp_path)], "is not text in UTF-8"),
+    ):
+        assert own_data.main([*arguments, "--out", str(tmp_path / "out"), "--epochs", "1"]) == 2
+        assert said in capsys.readouterr().err
+    rows = [(folder / "0.png", "word " * 600, "yes")] * 5
+    with pytest.raises(ValueError, match="is too long: the model has 512 positions"):
+        own_data.train(*llava.load("tiny", device="cpu"), rows)
 
 
 def test_nothing_is_overwritten(folder, tmp_path, capsys):

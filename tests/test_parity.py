@@ -95,6 +95,12 @@ def test_bad_arguments_are_one_line(tmp_path, capsys):
     assert parity.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert parity.main(["--dtype", "int8"]) == 2
+    (tmp_path / "text.md").write_text("no stages")
+    for wrong in (["--against", str(tmp_path / "text.md")], ["--dump", str(tmp_path / "nowhere" / "x.safetensors")]):
+        capsys.readouterr()
+        assert parity.main(wrong) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_names_of_gradients_are_ours(pair):

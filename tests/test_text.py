@@ -200,6 +200,32 @@ def test_a_tokenizer_that_fails_late_is_refused_at_once(tmp_path, kind, capfd):
         llama.Tokenizer(tmp_path / "tokenizer.json")
 
 
+def test_half_a_character_is_refused():
+    tokenizer = llama.Tokenizer(TINY / "tokenizer.json")
+    for text in ("a\udcffb", "\ud83d"):
+        with pytest.raises(ValueError, match="holds half a character"):
+            tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode("a \U0001f600")) == "a \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        # of which the library tires
+        ("a" * 60 + "b", {"normalizer": {"type": "Replace", "pattern": {"Regex": "(a*)*$"}, "content": "b"}}),
+        # more than there is to take off
+        ("AAAA", {"decoder": {"type": "Strip", "content": "A", "start": 0, "stop": 1000}}),
+    ],
+    ids=["normalizer", "decoder"],
+)
+def test_a_tokenizer_that_fails_on_one_text_alone_is_named(tmp_path, text, change):
+    values = json.loads((TINY / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = llama.Tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        tokenizer.decode(tokenizer.encode(text))
+
+
 def test_ctrl_c_while_a_tokenizer_is_read_is_not_its_fault(monkeypatch):
     monkeypatch.setattr(llama.Tokenizer, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

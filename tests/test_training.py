@@ -419,3 +419,10 @@ def test_a_tied_model_is_loaded_tied_and_stays_so_when_resized(pairs, tmp_path):
 
 def test_families_are_all_covered():
     assert set(FAMILIES) == set(llava.TEMPLATES)
+
+
+def test_gradients_are_those_of_one_call(model):
+    cache, ids = model.init_kv_cache(1, 8), torch.tensor([[1, 40, 41]])
+    model(ids, kv_cache=cache)
+    with pytest.raises(RuntimeError, match="inplace"):
+        model(ids, kv_cache=cache).logits.sum().backward()

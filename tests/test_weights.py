@@ -515,6 +515,28 @@ def test_a_missing_shard_is_named(copy):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs links and pipes")
+def test_a_link_that_leads_to_itself_is_refused(copy):
+    folder = Path(copy.write("B", 2))
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert shard.name in refusal(folder)
+
+
+def test_other_names_and_notes_of_transformers_are_understood(copy):
+    index = json.loads((copy.folder / "config.json").read_text())["image_token_index"]
+    config = {"_attn_implementation_autoset": True}
+    copy.config(image_token_index=..., image_token_id=index, text_config=config, vision_config=config, **config)
+    assert load(copy.write()).config.image_token_index == index
+
+
+def test_a_checkpoint_is_not_saved_over_a_file(pair, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file cannot be written"):
+        llava.save(*pair[:2], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_link_out_of_the_folder_is_refused(copy, tmp_path):
     """As in an archive that was unpacked: the index names a file of the folder, which leads to another."""
     Path(copy.write(shards=2))
