@@ -545,6 +545,20 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
         "test_hostile_cli.py",
     ),
     (
+        "the loss counts a word that padding predicts",
+        "llava.py",
+        "masked_fill(first, -100)",
+        "masked_fill(first & False, -100)",
+        "test_forward.py",
+    ),
+    (
+        "the probabilities of choices may be nan",
+        "llava.py",
+        'logits = check_finite(self.llama.head(x[:, keep]), "the logits")',
+        "logits = self.llama.head(x[:, keep])",
+        "test_forward.py",
+    ),
+    (
         "a sum that overflows is taken for numbers that do",
         "llava.py",
         "    if not (total.isfinite() or x.isfinite().all()):",
