@@ -25,25 +25,26 @@ that goes on from there. This file is that paper; vision.py and llama.py hold th
 Notebooks: notebooks/1_one_question.ipynb, and 4_the_bridge.ipynb of the projector. Next file: weights.py.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # what is imported takes seconds, and Ctrl-C in it is no reason for a traceback
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import atexit
 import contextlib
 import io
 import logging
-import os
 import shutil
-import signal
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # importing torch takes seconds, and Ctrl-C in it is no reason for a traceback
-    usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights in pages of 2 MB instead of 4 kB: Linux reads them a sixth faster
 

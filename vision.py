@@ -86,6 +86,8 @@ def to_rgb(image):
     Grey of 16 bits (mode I;16, and I or F with values over 255) is scaled, 65535 → 255; the reference cuts it off at 255,
     almost all white.
     """
+    if image.mode in ("La", "RGBa"):  # whose colours are multiplied with their opacity
+        image = image.convert(image.mode.upper())
     clear = image.info.get("transparency")
     if image.mode[0] in "IF":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))

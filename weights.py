@@ -7,7 +7,7 @@ A checkpoint is a folder of JSON files and of safetensors files (a JSON header w
 numbers). Nothing here unpickles, and loading is strict both ways: each tensor of the files is used exactly once, each
 parameter of the model is set exactly once, or there is an error that names the one that was not.
 
-Notebook: notebooks/6_the_bug_zoo.ipynb.
+No paper has a section on this. Notebook: notebooks/6_the_bug_zoo.ipynb.
 """
 
 import contextlib

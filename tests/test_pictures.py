@@ -618,6 +618,15 @@ def test_a_small_file_that_claims_a_huge_picture_is_refused_before_it_is_unpacke
     refused(tmp_path / "bomb.png", "bomb.png has over 89,478,485 pixels", kind=ValueError)
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_colours_multiplied_with_their_opacity_land_on_white_too(mode):
+    grey = (100,) if mode == "LA" else (100, 100, 100)
+    for opacity, expected in ((0, 255), (255, 100), (128, 177)):
+        image = Image.new(mode, (2, 2), (*grey, opacity)).convert(mode.replace("A", "a"))
+        assert image.mode in ("La", "RGBa")
+        assert abs(np.asarray(vision.to_rgb(image)).astype(int) - expected).max() <= 1
+
+
 def test_a_chain_of_many_pages_takes_no_time(tmp_path):
     """To count them, Pillow compares each with all before it: 41 s for 100,000 pages. One is enough to know."""
     file = io.BytesIO()
