@@ -21,7 +21,10 @@ def torchrun(*command, processes=2, status=0):
     """Run a script in several processes → what the first of them printed."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *map(str, command)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    for _ in range(3):  # about once in a hundred starts gloo ends a process over a thread of its own: not what is tested here
+        result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        if "terminate called without an active exception" not in result.stderr:
+            break
     assert (result.returncode == 0) == (status == 0), result.stderr
     return result
 
@@ -94,4 +97,5 @@ def test_an_uneven_split_is_refused():
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     answer(*sys.argv[1:])
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
