@@ -276,7 +276,7 @@ class Llama(nn.Module):
         S = end or past + T
         real = real_tokens(attention_mask, kv_cache, (B, T), x.device)  # (B, past + T)
         if position_ids is None:
-            position_ids = (real.cumsum(-1) - real.long())[:, past:]  # (B, T)
+            position_ids = before(real)[:, past:]  # (B, T)
         elif position_ids.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids has the shape {tuple(position_ids.shape)}, and the input {B} rows of {T} positions")
         real = F.pad(real, (0, S - past - T))  # (B, S)
@@ -367,7 +367,10 @@ def fork_cache(kv_cache, copies, new):
 
 
 def reorder_cache(kv_cache, beam_idx):
-    """Row b becomes a copy of row beam_idx[b], in place: what beam search does when one beam grows out of another."""
+    """Row b becomes a copy of row beam_idx[b], in place: what beam search does when one beam grows out of another.
+
+    kv_cache: from init_kv_cache. beam_idx (B,) int64.
+    """
     end = length(kv_cache)
     for name, tensor in kv_cache.items():
         if name == "real":
@@ -397,6 +400,11 @@ def real_tokens(attention_mask, kv_cache, shape, device):
             f"a row for each of the batch, a column for each position, the {past} in the cache included"
         )
     return attention_mask.to(device, torch.bool)
+
+
+def before(real):
+    """How many real tokens stand before each position, (B, S) bool → (B, S) int64."""
+    return real.cumsum(-1) - real.long()
 
 
 def visible(real, where, sliding_window=None):

@@ -194,18 +194,17 @@ class Llava(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        features = None
-        if inputs_embeds is not None:
-            if pixel_values is not None:
-                raise ValueError("inputs_embeds come merged: pixel_values beside them would not be used")
-            x = inputs_embeds.to(self.device)
-        else:
-            input_ids = input_ids.to(self.device)
+        if inputs_embeds is not None and pixel_values is not None:
+            raise ValueError("inputs_embeds come merged: pixel_values beside them would not be used")
         shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
         attention_mask = llama.real_tokens(attention_mask, kv_cache, shape, self.device)
         if labels is not None and labels.shape != shape:
             raise ValueError(f"labels has the shape {tuple(labels.shape)}, and the input {tuple(shape)}: one for each id")
-        if input_ids is not None:
+        features = None
+        if input_ids is None:
+            x = inputs_embeds.to(self.device)
+        else:
+            input_ids = input_ids.to(self.device)
             if pixel_values is not None:
                 features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
                 input_ids, attention_mask, labels = self.expand(input_ids, attention_mask, labels, *features.shape[:2])
@@ -216,7 +215,7 @@ class Llava(nn.Module):
         logits = check_finite(self.llama.head(x[:, keep]), "the logits")
         loss = None
         if labels is not None:
-            first = (attention_mask.cumsum(1) - attention_mask.long())[:, -x.shape[1] :] == 0  # nothing to be predicted from
+            first = llama.before(attention_mask)[:, -x.shape[1] :] == 0  # nothing to be predicted from
             labels = labels.to(self.device, torch.int64).masked_fill(first, -100)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)

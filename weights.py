@@ -299,9 +299,10 @@ def checked(value, expected, where):
     if type(value) in (int, float) and value <= 0 and where.endswith(positive):
         raise ValueError(f"{where} is {value!r}, and must be above 0")
     numbers = (int,) if where.endswith(("_layer", "_id")) else (int, float)
-    fits = type(value) is not list or all(type(item) in numbers and -limit <= item <= limit for item in value)
-    if not fits or (type(value) is list and not 0 < len(value) <= 256):
-        raise ValueError(f"{where} is {value!r}, and must be a list of 1 to 256 numbers")
+    if type(value) is list:
+        good = all(type(item) in numbers and -limit <= item <= limit for item in value)
+        if not (good and 0 < len(value) <= 256):
+            raise ValueError(f"{where} is {value!r}, and must be a list of 1 to 256 numbers")
     if type(value) is dict and not all(type(item) is int and 0 < item <= 4096 for item in value.values()):
         raise ValueError(f"{where} is {value!r}, and must hold numbers of pixels")
     return value

@@ -195,7 +195,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T15 positions count padding",
         "llama.py",
-        "position_ids = (real.cumsum(-1) - real.long())[:, past:]",
+        "position_ids = before(real)[:, past:]",
         "position_ids = (torch.ones_like(real).cumsum(-1) - 1)[:, past:]",
         "test_forward.py",
     ),
@@ -223,7 +223,7 @@ MUTATIONS = [  # name, file, what is right there, what is planted instead, the t
     (
         "T16 positions start anew in each chunk",
         "llama.py",
-        "position_ids = (real.cumsum(-1) - real.long())[:, past:]",
+        "position_ids = before(real)[:, past:]",
         "position_ids = real[:, past:].cumsum(-1) - real[:, past:].long()",
         "test_cache.py",
     ),
