@@ -604,6 +604,7 @@ OPTIONS = {  # options that nothing need be read for: what the line must say
     "--max-new-tokens 0": "max_new_tokens is 0, and must be at least 1",
     "--max-new-tokens -3": "max_new_tokens is -3",
     "--num-beams 0": "num_beams is 0, and must be 1 to 256",
+    "--num-beams 257": "num_beams is 257, and must be 1 to 256",
     "--num-beams 2 --temperature 1": "beam search does not sample",
     "--seed 99999999999999999999": "seed is 99999999999999999999, and must be",
     "--seed x": "--seed: invalid int value",
