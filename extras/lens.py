@@ -15,7 +15,10 @@ The modules know nothing of this. Stages are named as in tests/parity.py, and a 
 
 import contextlib
 
+import numpy as np
 import torch
+
+import vision
 
 # ----------------------------------------------------------------------------------------------------------------
 # Hearing
@@ -95,18 +98,37 @@ def image_positions(model, ids):
     return (ids[0] == model.config.image_token_index).nonzero()[:, 0].view(-1, extra + patches)[:, extra:]
 
 
+def patch_boxes(width, height, grid, config, pad=None):
+    """The inverse of vision.preprocess: the rectangle of the original picture that each patch covers, in its pixels.
+
+    → (P, 4) left, top, right, bottom. grid: how many patches stand along a side. config, pad: those of preprocess. What
+    lies outside of the picture is the margin that padding added.
+    """
+    margin = (0, 0)
+    if pad or (pad is None and config.do_pad):  # as in vision.expand_to_square
+        side = max(width, height)
+        margin = ((side - width) // 2, (side - height) // 2)
+        width = height = side
+    size, left, top = vision.framing(width, height, config)
+    rows, columns = np.divmod(np.arange(grid**2), grid)
+    corners = np.stack([columns, rows, columns + 1, rows + 1], axis=1) / grid  # (P, 4), fractions of what is kept
+    corners = corners * np.tile([config.crop_size["width"], config.crop_size["height"]], 2) + np.tile([left, top], 2)
+    return corners * np.tile([width / size[0], height / size[1]], 2) - np.tile(margin, 2)
+
+
 def without_sinks(weights):
     """Attention of words on patches (…, words, P) → how much more each word looks there than the words do on average.
 
-    Some patches draw the attention of every word, whatever is on them (Xiao et al. 2023 call such positions sinks; Darcet et al.
-    2023 find them in vision towers). What all words share says nothing about one of them: their mean is taken away, and
-    what falls below it counts as 0.
+    Some patches draw the attention of every word, whatever is on them (Xiao et al. 2023 call such positions sinks;
+    Darcet et al. 2023 find them in vision towers). What all words share says nothing about one of them: their mean is
+    taken away, and what falls below it counts as 0.
     """
     return (weights - weights.mean(-2, keepdim=True)).clamp(min=0)
 
 
 def rollout(attentions):
-    """Attention through all layers, (B, heads, T, S) each with T = S → (B, T, S): the product of the layers' (A + I) / 2.
+    """Attention through all layers, (B, heads, T, S) each with T = S → (B, T, S): the product of the layers' (A + I) /
+    2.
 
     Abnar and Zuidema 2020, section 3: A is the mean over the heads, I stands for what a block adds its output to.
     """
@@ -125,8 +147,8 @@ def logit_lens(model, state):
 def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
     """What each place is worth to an answer (a list of ids): the fall of its log-probability when it is covered → (P,).
 
-    reach: how many patches around each one are covered with it. fill: what is painted there, as a pixel value; None: the
-    picture's median colour, which is as good as background. (Zeiler and Fergus 2014, section 4.2.)
+    reach: how many patches around each one are covered with it. fill: what is painted there, as a pixel value; None:
+    the picture's median colour, which is as good as background. (Zeiler and Fergus 2014, section 4.2.)
     """
     grid, size = model.vision.grid, model.config.vision_config.patch_size
     if fill is None:
@@ -146,12 +168,14 @@ def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
 
 
 def heat(ax, image, values, boxes, title="", limit=None):
-    """Lay one value for each patch (P,) over the picture. boxes: from vision.patch_boxes. Below 0 is blue, above it red."""
+    """Lay one value for each patch (P,) over the picture. boxes: from patch_boxes. Below 0 is blue, above it red."""
     values = torch.as_tensor(values).float().cpu()
     grid = round(len(values) ** 0.5)
     limit = limit or max(values.abs().max().item(), 1e-9)
     ax.imshow(image.convert("L"), cmap="gray", vmin=-200, vmax=300)
     (left, top), (right, bottom) = boxes[0][:2], boxes[-1][2:]
-    ax.imshow(values.view(grid, grid), extent=(left, right, bottom, top), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6)
+    ax.imshow(
+        values.view(grid, grid), extent=(left, right, bottom, top), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6
+    )
     ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
     ax.set_title(title, fontsize=9)

@@ -3,9 +3,9 @@
     python llava.py --model tiny --image tiny/scene.png --trace
     python llava.py --model tiny --image tiny/scene.png --explain page.html
 
-The answer is computed as ever, and hooks only note shapes and times on the way. Afterwards the KV cache is taken back to where
-the question begins, and question and answer are read once more in one chunk, this time with the attention weights written down.
-So no picture is encoded twice, and no more is held than the weights of those few words.
+The answer is computed as ever, and hooks only note shapes and times on the way. Afterwards the KV cache is taken back
+to where the question begins, and question and answer are read once more in one chunk, this time with the attention
+weights written down. So no picture is encoded twice, and no more is held than the weights of those few words.
 
     letter   meaning
     N, P     pictures, patches of a picture
@@ -28,8 +28,7 @@ from pathlib import Path
 import torch
 from PIL import ImageStat
 
-import lens
-import vision
+from extras import lens
 
 TEMPLATE = Path(__file__).with_name("explain.html")
 LEVELS = 15  # of light that a patch can have on the page, above none
@@ -42,16 +41,20 @@ DARK = 85  # below this mean brightness, of 255, a picture is veiled in white
 def check(options):
     """Refuse what cannot be shown, before anything is loaded."""
     if options.chat or options.each or options.choices or options.num_beams > 1:
-        raise ValueError("--trace and --explain look into a single answer: leave out --chat, --each, --choices and --num-beams")
+        raise ValueError(
+            "--trace and --explain look into a single answer: leave out --chat, --each, --choices and --num-beams"
+        )
     if options.compile or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--trace and --explain listen to each module of one process: leave out --compile, and torchrun")
+        raise ValueError(
+            "--trace and --explain listen to each module of one process: leave out --compile, and torchrun"
+        )
     if options.explain is not None:
         page = Path(options.explain)
         if page.is_dir() or not page.parent.is_dir():
             raise ValueError(f"{page} cannot be written: give the name of a file in a folder that is there")
 
 
-def watch(model, processor, options, images, talk, pieces):
+def watch(model, processor, options, images, conversation, pieces):
     """Yield the pieces of an answer as they come. When it is complete, print the trace and write the page, as asked."""
     record = Record(model)
     with record:
@@ -59,7 +62,7 @@ def watch(model, processor, options, images, talk, pieces):
     if options.trace:
         print(table(record), file=sys.stderr)
     if options.explain is not None:
-        said = talk.ids[: len(record.steps)]
+        said = conversation.ids[: len(record.steps)]
         Path(options.explain).write_text(page(model, processor, options, images, record, said), encoding="utf-8")
 
 
@@ -79,7 +82,7 @@ class Stage:
 
 
 class Record:
-    """Notes, for as long as it is open, what a model computes: the stages of the first pass, and each step's time and logits."""
+    """Notes, while it is open, what a model computes: the stages of the first pass, each step's time and logits."""
 
     def __init__(self, model):
         self.model, self.stages, self.steps, self.logits, self.ids, self.kv_cache = model, [], [], [], None, None
@@ -112,7 +115,7 @@ class Record:
             self.stages.append(Stage(name, tuple(tensor.shape), written_dtype(tensor), self.lap(), tensor.nbytes))
 
     def first(self, model, args, kwargs):
-        """The pass over the prompt, whose ids and pixels llava.Llava.steps gives by position."""
+        """The pass over the prompt, whose ids and pixels Llava.prefill gives by position."""
         self.ids, self.kv_cache = model.expanded(*args[:2])[0], kwargs["kv_cache"]
         self.note("ids", self.ids)
         if args[1] is not None:
@@ -133,13 +136,16 @@ def written_dtype(tensor):
 
 
 def lines(record):
-    """The table's cells: the stages of the first pass, then the later steps on average, and the cache that they went on from."""
+    """The table's cells: the stages of the first pass, the later steps on average, the cache that they went on from."""
     stages, steps = list(record.stages), record.steps[1:]
     if steps:
         last = stages[-1]  # the logits, of one position here as there
         stages.append(Stage(f"each of {len(steps)} steps", last.shape, last.dtype, sum(steps) / len(steps), last.bytes))
     keys = record.kv_cache["keys.0"]
-    shape, size = (len(record.model.llama.blocks), 2, *keys.shape), sum(tensor.nbytes for tensor in record.kv_cache.values())
+    shape, size = (
+        (len(record.model.llama.blocks), 2, *keys.shape),
+        sum(tensor.nbytes for tensor in record.kv_cache.values()),
+    )
     stages.append(Stage("kv_cache", shape, written_dtype(keys), None, size))
     for stage in stages:
         ms = "" if stage.ms is None else f"{stage.ms:.1f}"
@@ -160,7 +166,8 @@ def table(record):
 
 @torch.no_grad()
 def attention_on_pictures(model, ids, kv_cache, said):
-    """Read question and answer again → attention on the pictures' patches (L, A, R, N * P), and how many of R are the question's.
+    """Read question and answer again → attention on the pictures' patches (L, A, R, N * P), and how many of R are the
+    question's.
 
     The last of the question's words chooses the answer's first one, and so on: word i of the answer was chosen at row
     question - 1 + i.
@@ -177,8 +184,8 @@ def attention_on_pictures(model, ids, kv_cache, said):
 def views(weights, question):
     """What the page can show: yields (layer or None, head or None, sinks left in?, (words of the answer, N * P)).
 
-    All of it averaged; the same with its sinks; each layer averaged; then as many heads of each layer as there is room for, those
-    first that look at the pictures most.
+    All of it averaged; the same with its sinks; each layer averaged; then as many heads of each layer as there is room
+    for, those first that look at the pictures most.
     """
     L, _, R, columns = weights.shape
     answer = slice(question - 1, R)
@@ -195,7 +202,7 @@ def views(weights, question):
 
 
 def levels(view):
-    """A view as bytes, 0 … LEVELS, by the square root: half the light is a quarter of the attention, so that little shows."""
+    """A view as bytes, 0 … LEVELS, by the square root: half the light is a quarter of the attention: little shows."""
     return (LEVELS * (view / view.max().clamp(min=1e-12)).sqrt()).round().to(torch.uint8).numpy().tobytes()
 
 
@@ -229,14 +236,15 @@ def page(model, processor, options, images, record, said):
 
 
 def words(processor, record, said):
-    """For each token of the answer its text, its probability and the likeliest others, as the model itself had them: before
-    temperature, top-k and top-p."""
+    """For each token of the answer its text, its probability and the likeliest others, as the model itself had them:
+    before temperature, top-k and top-p.
+    """
     found, shown = [], 0
     for i, (token, logits) in enumerate(zip(said, record.logits, strict=True)):
         probabilities = logits.softmax(-1)
         others = [int(other) for other in probabilities.topk(ALTERNATIVES + 1).indices if other != token][:ALTERNATIVES]
         text, piece = processor.decode(said[: i + 1]), ""
-        if not text.endswith("\ufffd"):  # as in llama.Tokenizer.stream: the bytes of a character wait for the rest
+        if not text.endswith("\ufffd"):  # as in turn.as_text: an incomplete character is held back
             piece, shown = text[shown:].replace("\ufffd", ""), len(text)
         found.append({
             "text": piece or written(processor, token),
@@ -253,8 +261,8 @@ def written(processor, token):
 
 
 def picture(image, model, processor, options):
-    """A picture for the page: small enough, and where the part that the model saw lies on it, in fractions of its sides."""
-    boxes = vision.patch_boxes(*image.size, model.vision.grid, processor.preprocess_config, options.pad)
+    """A picture for the page: small enough, and the part of it that the model saw, in fractions of its sides."""
+    boxes = lens.patch_boxes(*image.size, model.vision.grid, processor.preprocess_config, options.pad)
     left, top, right, bottom = (*boxes[0][:2], *boxes[-1][2:])
     small = image.copy()
     small.thumbnail((WIDEST, WIDEST))

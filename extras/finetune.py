@@ -1,16 +1,16 @@
 """Teach a checkpoint about pictures of your own: the projector alone, or LoRA.
 
-    python notebooks/own_data.py FOLDER --out MINE
-    python notebooks/own_data.py FOLDER --out MINE --model llava-hf/llava-1.5-7b-hf --lora 16 --device cuda --dtype bfloat16
+    python extras/finetune.py FOLDER --out MINE
+    python extras/finetune.py FOLDER --out MINE --model llava-hf/llava-1.5-7b-hf --lora 16 --device cuda
 
 Then `llava.py --model MINE` answers. FOLDER holds pictures and a file questions.jsonl, a line for each question:
 
     {"image": "1.png", "question": "What shape is it?", "answer": "star"}
 
-Every fifth line is kept back: the loss on those says whether something was learnt or only memorised. What is written is a
-whole checkpoint in the published layout; LoRA (Hu et al. 2021) is merged into the weights before. Both ends stay as they are,
-but for the low-rank change, as in the first stage of the paper (Liu et al. 2023, section 4.2). So it can learn to see something
-new, and to say it in words that the voice has already: tiny has few.
+Every fifth line is kept back: the loss on those says whether something was learnt or only memorised. What is written is
+a whole checkpoint in the published layout; LoRA (Hu et al. 2021) is merged into the weights before. Both ends stay as
+they are, but for the low-rank change, as in the first stage of the paper (Liu et al. 2023, section 4.2). So it can
+learn to see something new, and to say it in words that the language model has already: tiny has few.
 """
 
 import argparse
@@ -25,14 +25,16 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llava
-import vision
+from extras.turn import context
+from extras.checks import open_image
+from extras.cli import fail
 
 HELD_BACK = 5  # one line in so many is not trained on
 EXAMPLE = next(line.strip() for line in __doc__.splitlines() if "{" in line)
 
 
 class LowRank(nn.Module):
-    """W → W + B A, with A (rank, in) random and B (out, rank) zero, so that it begins as W (Hu et al. 2021, section 4.1)."""
+    """W → W + B A, with A (rank, in) random and B (out, rank) zero: it begins as W (Hu et al. 2021, section 4.1)."""
 
     def __init__(self, weight, rank):
         super().__init__()
@@ -45,7 +47,7 @@ class LowRank(nn.Module):
 
 
 def lora(model, rank):
-    """Give the queries and values of each block of the voice a change of low rank → its parameters, the only ones that learn."""
+    """Give queries and values of each block of the decoder a change of low rank → its parameters, to be trained."""
     if rank > min(min(block.attention.wv.weight.shape) for block in model.llama.blocks):
         raise ValueError(f"--lora {rank} is no low rank: the matrices themselves have fewer columns")
     linears = [getattr(block.attention, name) for block in model.llama.blocks for name in ("wq", "wv")]
@@ -63,13 +65,14 @@ def merge_lora(model):
 
 
 def read_questions(folder):
-    """questions.jsonl → [(picture's path, question, answer), ...]. Raises ValueError or OSError with a finished sentence."""
+    """questions.jsonl → [(picture's path, question, answer), ...]. Raises ValueError or OSError with a complete message."""
     file = Path(folder) / "questions.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: a line for each question, such as {EXAMPLE}")
     rows = []
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # not splitlines, which also splits where JSON does not
+        # not splitlines, which also splits where JSON does not
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not text in UTF-8") from None
     for number, line in enumerate(lines, start=1):
@@ -79,30 +82,38 @@ def read_questions(folder):
             row = json.loads(line)
             image, question, answer = (row[name] for name in ("image", "question", "answer"))
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file}, line {number}, is not an object of JSON with image, question and answer") from None
+            raise ValueError(
+                f"{file}, line {number}, is not an object of JSON with image, question and answer"
+            ) from None
         if not all(isinstance(value, str) and value.strip() for value in (image, question, answer)):
             raise ValueError(f"{file}, line {number}: image, question and answer are text, and none is empty")
         rows.append((Path(folder) / image, question, answer))
     if len(rows) < HELD_BACK:
-        raise ValueError(f"{file} has {len(rows)} questions, and it takes at least {HELD_BACK}: one of them is kept back")
+        raise ValueError(
+            f"{file} has {len(rows)} questions, and it takes at least {HELD_BACK}: one of them is kept back"
+        )
     return rows
 
 
 def batch(processor, rows):
-    """Questions with their answers → inputs and labels; only the answer and its end count. Rows are padded on the left."""
-    images = [vision.open_image(image) for image, _, _ in rows]
+    """Questions with their answers → inputs and labels; only the answer and its end count. Padded on the left."""
+    images = [open_image(image) for image, _, _ in rows]
     prompts, whole = [], []
     for _, question, answer in rows:
-        prompts.append(processor.tokenizer.start + processor.encode(processor.turns([("user", question)], 1)))
-        whole.append(
-            processor.tokenizer.start + processor.encode(processor.turns([("user", question), ("assistant", answer)], 1))
-        )
-    inputs = processor.inputs(whole, images, None)
+        asked = [("user", question)]
+        prompts.append(encoded(processor, asked))
+        whole.append(encoded(processor, [*asked, ("assistant", answer)]))
+    inputs = processor.prepare(whole, images)
     labels = torch.full_like(inputs["input_ids"], -100)
     for i, (prompt, ids) in enumerate(zip(prompts, whole, strict=True)):
         shared = next((k for k, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
         labels[i, labels.shape[1] - len(ids) + shared :] = torch.tensor(ids[shared:])
     return inputs | {"labels": labels}
+
+
+def encoded(processor, turns):
+    """The ids of a conversation about one picture."""
+    return processor.tokenizer.bos + processor.encode(processor.pieces(turns, 1))
 
 
 @torch.no_grad()
@@ -113,12 +124,12 @@ def mean_loss(model, processor, rows, size):
 
 
 def train(model, processor, rows, rank=0, epochs=20, size=8, rate=None, seed=0):
-    """Train the projector, or with a rank above 0 LoRA alone → (losses before, after), each of (trained on, kept back)."""
+    """Train the projector, or with a rank above 0 LoRA → (losses before, after), each of (trained on, kept back)."""
     kept, taught = rows[HELD_BACK - 1 :: HELD_BACK], [row for i, row in enumerate(rows, start=1) if i % HELD_BACK]
     for image, question, answer in rows:
-        turns = processor.turns([("user", question), ("assistant", answer)], 1)
-        if len(processor.encode(turns)) + model.vision.grid**2 > llava.context(model):
-            raise ValueError(f"the question about {image} is too long: the model has {llava.context(model)} positions")
+        ids = encoded(processor, [("user", question), ("assistant", answer)])
+        if len(ids) + model.vision.grid**2 > context(model):
+            raise ValueError(f"the question about {image} is too long: the model has {context(model)} positions")
     torch.manual_seed(seed)
     model.requires_grad_(False)
     model.gradient_checkpointing = model.device.type == "cuda"
@@ -146,7 +157,9 @@ def train(model, processor, rows, rank=0, epochs=20, size=8, rate=None, seed=0):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="pictures, and questions.jsonl")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the checkpoint goes; it must not be there yet")
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where the checkpoint goes; it must not be there yet"
+    )
     parser.add_argument("--model", default="tiny", help="what to begin with: tiny (default), a folder, or a Hub id")
     parser.add_argument(
         "--lora", type=int, default=0, metavar="RANK", help="train a change of this rank instead of the projector"
@@ -160,18 +173,25 @@ def main(arguments=None):
     try:
         if Path(options.out).exists():
             raise ValueError(f"{options.out} is there already: name a new folder")
-        if min(options.epochs, options.batch) < 1 or options.lora < 0 or (options.rate is not None and options.rate <= 0):
+        if (
+            min(options.epochs, options.batch) < 1
+            or options.lora < 0
+            or (options.rate is not None and options.rate <= 0)
+        ):
             raise ValueError("--epochs and --batch are at least 1, --lora is not negative, and --rate is above 0")
         rows = read_questions(options.folder)
         for image, _, _ in rows:  # before anything is loaded
-            vision.open_image(image)
+            open_image(image)
         model, processor = llava.load(options.model, device=options.device, dtype=options.dtype)
         before, after = train(model, processor, rows, options.lora, options.epochs, options.batch, options.rate)
         llava.save(model, processor, options.out)
     except (ValueError, OSError) as error:
-        print(f"error: {llava.line(error)}", file=sys.stderr)
-        return 2
-    print(f"loss on what was trained: {before[0]:.3f} → {after[0]:.3f}, on what was kept back: {before[1]:.3f} → {after[1]:.3f}")
+        return fail(error)
+    trained, kept = zip(before, after, strict=True)
+    print(
+        f"loss on what was trained: {trained[0]:.3f} → {trained[1]:.3f}, "
+        f"on what was kept back: {kept[0]:.3f} → {kept[1]:.3f}"
+    )
     return 0
 
 

@@ -1,0 +1,1 @@
+"""What hangs on the four modules from outside, one concept a file; README.md lists them."""

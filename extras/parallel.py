@@ -1,0 +1,84 @@
+"""A language model split over the processes of torch.distributed (Shoeybi et al. 2019, "Megatron-LM", section 3).
+
+    torchrun --nproc-per-node 2 llava.py …
+
+Each process holds some of the heads and some columns of the MLP: rows of the matrices that lead there, and columns of
+those that lead back. What these give is one part of a sum, which is added up over the processes: one all-reduce after
+attention, one after the MLP. The vision tower, the embedding and the head are whole in each process.
+"""
+
+import atexit
+import dataclasses
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+ROWS, COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "mlp.up"), ("attention.wo", "mlp.down")
+
+
+def in_group():
+    """Whether this process belongs to a group of torch.distributed."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def split(model, dtype):
+    """Keep only this process's part of each block of a decoder, which is on the meta device."""
+    config, parts = model.config, dist.get_world_size()
+    if any(size % parts for size in (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size)):
+        sizes = f"{config.num_key_value_heads} key-value heads and {config.intermediate_size} columns"
+        raise ValueError(f"{sizes} cannot be dealt out evenly to {parts} processes: take another number of them")
+    for block in model.blocks:
+        for name in ROWS + COLUMNS:
+            parent, _, own = name.rpartition(".")
+            layer = block.get_submodule(name)
+            part = SplitLinear(layer.in_features, layer.out_features, dtype, dim=int(name in COLUMNS))
+            setattr(block.get_submodule(parent), own, part)
+    heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
+    model.config = dataclasses.replace(config, **heads)
+
+
+class SplitLinear(nn.Module):
+    """x Wᵀ of which this process holds some rows of W (dim 0), or some columns and adds up with the others (dim 1)."""
+
+    def __init__(self, in_features, out_features, dtype, dim):
+        super().__init__()
+        shape, self.dim = [out_features, in_features], dim
+        shape[dim] //= dist.get_world_size()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+
+    def take_weight(self, part, device):
+        """Take this process's rows or columns out of a slice of a file, (outputs, inputs) → them."""
+        size = self.weight.shape[self.dim]
+        own = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+        numbers = part[own] if self.dim == 0 else part[:, own]
+        self.weight = nn.Parameter(numbers.to(device, self.weight.dtype, copy=True))
+        return self.weight.detach()
+
+    def forward(self, x):
+        x = F.linear(x, self.weight)
+        if self.dim == 1:
+            dist.all_reduce(x)
+        return x
+
+
+def join(options):
+    """Under torchrun: join the group, set the device and the seed of the command line's options; only rank 0 prints."""
+    from extras import speed
+
+    if options.chat or "-" in options.image:
+        raise ValueError("several processes cannot share one standard input: leave out --chat and --image -")
+    device, rank = speed.pick_device(options.device), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        options.device = f"cuda:{rank}"
+        torch.cuda.set_device(speed.pick_device(options.device))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    seed = [options.seed if options.seed is not None else torch.seed() % 2**63]
+    dist.broadcast_object_list(seed)  # all of them must draw the same
+    options.seed = seed[0]
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)

@@ -1,0 +1,70 @@
+"""Random weights to train from, and a vocabulary of another size."""
+
+import torch
+import torch.nn as nn
+
+import llama
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Draw random weights for training from scratch, from the distributions of the reference.
+
+    The vision tower as CLIPPreTrainedModel does it: normal, biases 0, norms the identity. The projector and the
+    language model as PreTrainedModel does it: normal with a standard deviation of 0.02, biases 0, norms 1.
+    """
+    normal, tower = nn.init.normal_, model.vision
+    width, scale = tower.config.hidden_size, (2 * tower.config.num_hidden_layers) ** -0.5
+    normal(tower.class_embedding, std=width**-0.5)
+    normal(tower.patch_embedding.weight, std=0.02)
+    normal(tower.position_embedding, std=0.02)
+    for block in tower.blocks:
+        for w in (block.attention.wq, block.attention.wk, block.attention.wv, block.mlp.fc2):
+            normal(w.weight, std=width**-0.5 * scale)
+        normal(block.attention.wo.weight, std=width**-0.5)
+        normal(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+
+    for module in model.llama.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            normal(module.weight, std=0.02)
+        elif isinstance(module, llama.RMSNorm):
+            nn.init.ones_(module.weight)
+    for layer in (model.projector.linear_1, model.projector.linear_2):
+        normal(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def resize_token_embeddings(model, n):
+    """Give embedding and head n rows, for a vocabulary of another size (PreTrainedModel.resize_token_embeddings).
+
+    New rows are drawn around the mean of the old ones, with 1e-9 of their covariance: no new word is likelier than an
+    average one (Hewitt 2021, "Initializing new word embeddings").
+    """
+    if type(n) is not int or n < 1:
+        raise ValueError(f"the vocabulary cannot have {n!r} rows: give a whole number of at least 1")
+    if not isinstance(model.llama.head, nn.Linear):
+        raise ValueError(
+            "a quantised or packed model cannot be resized: load it without quantize, compile or inference mode"
+        )
+
+    def resized(weight):
+        if n == len(weight):
+            return weight
+        rows, new = weight.float(), max(0, n - len(weight))
+        spread = (rows - rows.mean(0)) / len(rows) ** 0.5  # spreadᵀ spread is the covariance
+        drawn = rows.mean(0) + 1e-9**0.5 * torch.randn(new, len(rows), device=rows.device) @ spread
+        return nn.Parameter(torch.cat([weight[:n], drawn.to(weight.dtype)]), weight.requires_grad)
+
+    embed, head = model.llama.embed, model.llama.head
+    tied = head.weight is embed.weight
+    embed.weight = resized(embed.weight)
+    head.weight = embed.weight if tied else resized(head.weight)
+    embed.num_embeddings = head.out_features = model.config.text_config.vocab_size = n
+    return embed
