@@ -68,8 +68,8 @@ class Tokenizer:
 class TextConfig:
     """The text_config of config.json, in its own field names; defaults: transformers' LlamaConfig.
 
-    For model_type mistral, weights.py uses MistralConfig's defaults. The published files leave out rope_theta, and that
-    of the 7B most of the sizes too.
+    For model_type mistral, weights.py uses MistralConfig's defaults. The published files leave out rope_theta; those of
+    the 7B leave out most of the sizes, too.
     """
 
     model_type: str = "llama"

@@ -6,7 +6,7 @@ LLaVA: a picture is a few hundred words in a language that a projector speaks.
     prompt  → tokenizer    → embed     ┘
 
 LLaVA (Liu et al. 2023, "Visual Instruction Tuning", section 4.1) joins a CLIP vision tower to a Llama by one small
-trained part, the projector: in LLaVA-1.5 (Liu et al. 2023, "Improved Baselines", section 3.2) two linear layers with a
+trained part, the projector: in LLaVA-1.5 (Liu et al. 2023, "Improved Baselines", section 3) two linear layers with a
 GELU between. Its outputs are embeddings like those of words; they take the place of <image> in the prompt, and the rest
 is a language model that goes on from there. This file is that paper; vision.py and llama.py hold the two towers,
 weights.py the file formats. What is not LLaVA itself (the command line, beams, what makes it faster, …) is in extras/.
