@@ -1,9 +1,9 @@
-"""Draws docs/architecture.svg: the way of a picture through LLaVA, with the shapes of tiny and of the 7B.
+"""Draws docs/architecture.svg: how a picture becomes words, with the shapes of tiny and of the 7B.
 
     python docs/architecture.py
 
-The shapes are not written here: those of tiny are heard while it answers, those of the 7B come from a model without numbers that is
-built from the published config's sizes.
+The shapes are not written here: those of tiny are heard while it runs, those of the 7B come from a model on the meta
+device, which has the published sizes and no numbers.
 """
 
 import html
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+sys.path.insert(0, str(ROOT))
 
-import lens  # noqa: E402
 import llama  # noqa: E402
 import llava  # noqa: E402
 import vision  # noqa: E402
+from extras import lens  # noqa: E402
 
 WORDS = 12  # of a prompt beside the picture, for the shapes
 
@@ -46,10 +46,12 @@ def shapes(model):
         words = torch.zeros(1, WORDS, config.text_config.hidden_size, dtype=model.dtype, device=model.device)
         model.llama.head(model.llama(torch.cat([words, features], 1))[0][:, -1:])
     last = config.vision_feature_layer % (config.vision_config.num_hidden_layers + 1)
+    cache = model.init_kv_cache(1, found["merge"][1])
     return {
         "picture": (1, 3, size, size), "embed": found["vision.0"], "tower": found[f"vision.{last}"], "select": tuple(x[:, 1:].shape),
         "projector": found["projector"], "text": tuple(words.shape), "merge": found["merge"],
         "llama": found[f"llama.{len(model.llama.blocks)}"], "logits": found["logits"],
+        "cache": tuple(cache["keys.0"].shape),
     }  # fmt: skip
 
 
@@ -84,8 +86,9 @@ def drawing():
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" style="fill:#555;stroke:none"/></marker></defs>',
         '<rect x="0" y="0" width="770" height="800" style="fill:#fff;stroke:none"/>',
-        '<text x="30" y="30" class="t">LLaVA-1.5: the way of a picture</text><text x="30" y="47" class="s">shapes: tiny, then the 7B; colours: which file</text>',
+        '<text x="30" y="30" class="t">LLaVA-1.5: how a picture becomes words</text><text x="30" y="47" class="s">shapes: tiny, then the 7B; colours: which file</text>',
     ]
+    cached = f"{small['cache']} · {large['cache']}".replace("(1, ", "(")
     at = {}
     for key, x, y, colour, title, what in boxes:
         at[key] = x + width / 2, y, y + height
@@ -98,7 +101,13 @@ def drawing():
     for a, b in (("picture", "embed"), ("embed", "tower"), ("tower", "select"), ("select", "projector"), ("projector", "merge"),
                  ("text", "merge"), ("merge", "llama"), ("llama", "logits")):  # fmt: skip
         out.append(f'<path d="M{at[a][0]:g} {at[a][2]}L{at[b][0] + (at[a][0] - at[b][0]) / 4:g} {at[b][1]}"/>')
-    out.append(f'<path d="M555 {729}H660V{480}" stroke-dasharray="4 3"/><text x="668" y="610" class="s">one token</text><text x="668" y="624" class="s">at a time</text>')
+    out += [  # what happens for each further token
+        '<path d="M555 729H640V639H557" stroke-dasharray="4 3"/>',
+        '<text x="650" y="676" class="s">its embedding,</text><text x="650" y="690" class="s">one at a time</text>',
+        '<rect x="12" y="610" width="170" height="58" rx="6" class="voice"/><text x="22" y="628" class="t">KV cache</text>',
+        f'<text x="22" y="644" class="s">keys and values, each block</text><text x="22" y="660" class="s">{cached}</text>',
+        '<path d="M213 632H184"/><path d="M182 646H213"/>',
+    ]
     for i, (name, colour) in enumerate((("eye", "eye"), ("bridge", "bridge"), ("voice", "voice"))):
         y = 90 + 60 * i
         out.append(f'<rect x="420" y="{y}" width="16" height="16" class="{colour}"/><text x="446" y="{y + 13}" class="t">the {name}, {names[colour]}</text>'
