@@ -1,8 +1,8 @@
 """What the documents say is run: commands, answers, figures, links, examples in docstrings.
 
-In a document, a ```sh block holds commands, one a line, as do indented lines that begin with python. A ```text block right
-behind one of sh or python is what that prints on stdout; a long line may be broken there. Every other number in the text has to be one that figures() works out
-anew, a time, or listed in NOT_OURS.
+In a document, a ```sh block holds commands, one a line, as do indented lines that begin with python. A ```text block
+right behind one of sh or python is what that prints on stdout; a long line may be broken there. Every other number in
+the text has to be one that figures() works out anew, a time, or listed in NOT_OURS.
 """
 
 import ast
@@ -296,7 +296,8 @@ def figures(folder):
 TIMES = r"\b[\d.]+ (s|seconds?|minutes?|hours?|ms|tokens/s)\b"
 NOT_OURS = [  # numbers that are names, and facts about others; each is a pattern
     r"LLaVA-1\.[56]", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B", r"U\+[0-9A-F]+",
-    r"(b?float|int)(4|8|16|32|64)\b", r"\b(16|32)[ -]bits?\b", r"temperature 0\.2",  # the default of the authors' command line
+    r"(b?float|int)(4|8|16|32|64)\b", r"\b(16|32)[ -]bits?\b",
+    r"temperature 0\.2",  # the default of the authors' command line
     r"et al\. \d{4}", r"section \d(\.\d)?\b", r"16x16 Words",  # papers
 ]  # fmt: skip
 
