@@ -1,24 +1,25 @@
-"""Draws docs/architecture.svg: the way of a picture through LLaVA, with the shapes of tiny and of the 7B.
+"""Draws docs/architecture.svg: how a picture becomes words, with the shapes of tiny and of the 7B.
 
     python docs/architecture.py
 
-The shapes are not written here: those of tiny are heard while it answers, those of the 7B come from a model without numbers that is
-built from the published config's sizes.
+The shapes are not written here: those of tiny are heard while it runs, those of the 7B come from a model on the meta
+device, which has the published sizes and no numbers.
 """
 
 import html
+import itertools
 import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+sys.path.insert(0, str(ROOT))
 
-import lens  # noqa: E402
 import llama  # noqa: E402
 import llava  # noqa: E402
 import vision  # noqa: E402
+from extras import lens  # noqa: E402
 
 WORDS = 12  # of a prompt beside the picture, for the shapes
 
@@ -46,17 +47,32 @@ def shapes(model):
         words = torch.zeros(1, WORDS, config.text_config.hidden_size, dtype=model.dtype, device=model.device)
         model.llama.head(model.llama(torch.cat([words, features], 1))[0][:, -1:])
     last = config.vision_feature_layer % (config.vision_config.num_hidden_layers + 1)
+    cache = model.init_kv_cache(1, found["merge"][1])
     return {
-        "picture": (1, 3, size, size), "embed": found["vision.0"], "tower": found[f"vision.{last}"], "select": tuple(x[:, 1:].shape),
-        "projector": found["projector"], "text": tuple(words.shape), "merge": found["merge"],
-        "llama": found[f"llama.{len(model.llama.blocks)}"], "logits": found["logits"],
-    }  # fmt: skip
+        "picture": (1, 3, size, size),
+        "embed": found["vision.0"],
+        "tower": found[f"vision.{last}"],
+        "select": tuple(x[:, 1:].shape),
+        "projector": found["projector"],
+        "text": tuple(words.shape),
+        "merge": found["merge"],
+        "llama": found[f"llama.{len(model.llama.blocks)}"],
+        "logits": found["logits"],
+        "cache": tuple(cache["keys.0"].shape),
+    }
 
 
 def parts(model):
     """Parameters of the three parts, in words."""
     counts = (sum(p.numel() for p in part.parameters()) for part in (model.vision, model.projector, model.llama))
-    return [f"{n / 1e9:.2f} billion" if n > 1e9 else f"{n / 1e6:.1f} million" if n > 1e6 else f"{n / 1e3:.0f} thousand" for n in counts]
+    return [readable(count) for count in counts]
+
+
+def readable(n):
+    for unit, digits, word in ((1e9, 2, "billion"), (1e6, 1, "million")):
+        if n > unit:
+            return f"{n / unit:.{digits}f} {word}"
+    return f"{n / 1e3:.0f} thousand"
 
 
 def drawing():
@@ -67,7 +83,7 @@ def drawing():
     boxes = [  # key, x, y, colour, title, what it does
         ("picture", 30, 60, "eye", "preprocess", "scale, crop, normalise"),
         ("embed", 30, 150, "eye", "patches + class token", "one linear layer, plus positions"),
-        ("tower", 30, 240, "eye", "ViT blocks", f"{blocks[0][0]} of {blocks[0][1]} run · 7B: {blocks[1][0]} of {blocks[1][1]}"),
+        ("tower", 30, 240, "eye", "ViT blocks", "{0} of {1} run · 7B: {3} of {4}".format(*blocks[0], *blocks[1])),
         ("select", 30, 330, "eye", "no class token", "one vector for each patch"),
         ("projector", 30, 420, "bridge", "projector", "W₂ · GELU(W₁ · x)"),
         ("text", 400, 420, "voice", "tokenizer, embed", f"the prompt, here {WORDS} tokens"),
@@ -77,32 +93,49 @@ def drawing():
     ]
     width, height, names = 340, 58, {"eye": "vision.py", "bridge": "llava.py", "voice": "llama.py"}
     out = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 770 800" role="img" aria-label="A picture goes through vision tower and '
-        'projector, a prompt through the embedding; merged, both go through Llama to the next token.">',
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 770 800" role="img" aria-label="A picture goes through '
+        'vision tower and projector, a prompt through the embedding; '
+        'merged, both go through Llama to the next token.">',
         "<style>text{font:13px system-ui,sans-serif;fill:#222}.t{font-weight:600}.s{font-size:11px;fill:#444}"
-        ".eye{fill:#dbe9f6}.bridge{fill:#fbe3d2}.voice{fill:#e0efdc}rect{stroke:#777}path{stroke:#555;fill:none;marker-end:url(#a)}</style>",
+        ".eye{fill:#dbe9f6}.bridge{fill:#fbe3d2}.voice{fill:#e0efdc}rect{stroke:#777}"
+        "path{stroke:#555;fill:none;marker-end:url(#a)}</style>",
         '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z" style="fill:#555;stroke:none"/></marker></defs>',
         '<rect x="0" y="0" width="770" height="800" style="fill:#fff;stroke:none"/>',
-        '<text x="30" y="30" class="t">LLaVA-1.5: the way of a picture</text><text x="30" y="47" class="s">shapes: tiny, then the 7B; colours: which file</text>',
+        '<text x="30" y="30" class="t">LLaVA-1.5: how a picture becomes words</text>'
+        '<text x="30" y="47" class="s">shapes: tiny, then the 7B; colours: which file</text>',
     ]
+    cached = f"{small['cache']} · {large['cache']}".replace("(1, ", "(")
     at = {}
     for key, x, y, colour, title, what in boxes:
         at[key] = x + width / 2, y, y + height
         sizes = f"{small[key]} · {large[key]}".replace("(1, ", "(")
         out.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" class="{colour}"/><text x="{x + 10}" y="{y + 18}" class="t">'
-            f'{html.escape(title)}</text><text x="{x + width - 10}" y="{y + 18}" class="s" text-anchor="end">{names[colour]}</text>'
-            f'<text x="{x + 10}" y="{y + 34}" class="s">{html.escape(what)}</text><text x="{x + 10}" y="{y + 50}" class="s">{sizes}</text>'
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" class="{colour}"/>'
+            f'<text x="{x + 10}" y="{y + 18}" class="t">{html.escape(title)}</text>'
+            f'<text x="{x + width - 10}" y="{y + 18}" class="s" text-anchor="end">{names[colour]}</text>'
+            f'<text x="{x + 10}" y="{y + 34}" class="s">{html.escape(what)}</text>'
+            f'<text x="{x + 10}" y="{y + 50}" class="s">{sizes}</text>'
         )
-    for a, b in (("picture", "embed"), ("embed", "tower"), ("tower", "select"), ("select", "projector"), ("projector", "merge"),
-                 ("text", "merge"), ("merge", "llama"), ("llama", "logits")):  # fmt: skip
+    road = ("picture", "embed", "tower", "select", "projector", "merge", "llama", "logits")
+    for a, b in [*itertools.pairwise(road), ("text", "merge")]:
         out.append(f'<path d="M{at[a][0]:g} {at[a][2]}L{at[b][0] + (at[a][0] - at[b][0]) / 4:g} {at[b][1]}"/>')
-    out.append(f'<path d="M555 {729}H660V{480}" stroke-dasharray="4 3"/><text x="668" y="610" class="s">one token</text><text x="668" y="624" class="s">at a time</text>')
+    out += [  # what happens for each further token
+        '<path d="M555 729H640V639H557" stroke-dasharray="4 3"/>',
+        '<text x="650" y="676" class="s">its embedding,</text><text x="650" y="690" class="s">one at a time</text>',
+        '<rect x="12" y="610" width="170" height="58" rx="6" class="voice"/>',
+        '<text x="22" y="628" class="t">KV cache</text>',
+        '<text x="22" y="644" class="s">keys and values, each block</text>',
+        f'<text x="22" y="660" class="s">{cached}</text>',
+        '<path d="M213 632H184"/><path d="M182 646H213"/>',
+    ]
     for i, (name, colour) in enumerate((("eye", "eye"), ("bridge", "bridge"), ("voice", "voice"))):
         y = 90 + 60 * i
-        out.append(f'<rect x="420" y="{y}" width="16" height="16" class="{colour}"/><text x="446" y="{y + 13}" class="t">the {name}, {names[colour]}</text>'
-                   f'<text x="446" y="{y + 30}" class="s">{counts[i][0]} parameters · 7B: {counts[i][1]}</text>')  # fmt: skip
+        out.append(
+            f'<rect x="420" y="{y}" width="16" height="16" class="{colour}"/>'
+            f'<text x="446" y="{y + 13}" class="t">the {name}, {names[colour]}</text>'
+            f'<text x="446" y="{y + 30}" class="s">{counts[i][0]} parameters · 7B: {counts[i][1]}</text>'
+        )
     return "\n".join([*out, "</svg>\n"])
 
 
