@@ -232,7 +232,7 @@ def drop(folder):
 def check(folder):
     """Compare all names and shapes with the model that config.json describes, without reading a number."""
     begin = time.perf_counter()
-    config, _ = weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
     with torch.device("meta"):
         model = llava.Llava(config)
     found = weights.scan(model, folder)

@@ -10,6 +10,7 @@ import peers
 import torch
 import torch.nn.functional as F
 
+from extras import quantize, speed
 import llama
 
 
@@ -28,16 +29,17 @@ def products(rows=11008, columns=4096, copies=8):
     """Some matrices in turn, so that none of them is still in the processor's cache."""
     x = torch.randn(1, columns).bfloat16()
     weights = [torch.randn(rows, columns).bfloat16() for _ in range(copies)]
-    layers, kinds = {}, {"bfloat16, packed": llama.PackedLinear, **llama.QUANTIZED}
+    layers, kinds = {}, {"bfloat16, packed": quantize.PackedLinear, **quantize.QUANTIZED}
     for scheme, kind in kinds.items():
         with torch.device("meta"):
             layers[scheme] = [kind(columns, rows, torch.bfloat16) for _ in range(copies)]
         for layer, weight in zip(layers[scheme], weights, strict=True):
-            layer.keep(weight, "cpu")
+            layer.take_weight(weight, "cpu")
 
-    def own(i):
-        with llama.matrix_times_vector(x):
-            F.linear(x, weights[i % copies])
+    def own(i):  # torch's own product, which it takes where oneDNN is switched off
+        torch.backends.mkldnn.enabled = False
+        F.linear(x, weights[i % copies])
+        torch.backends.mkldnn.enabled = True
 
     sizes = {scheme: sum(buffer.nbytes for buffer in layers[scheme][0].buffers()) for scheme in layers}
     half = [weight.half() for weight in weights]
@@ -52,8 +54,7 @@ def attention(keys):
     q = torch.randn(1, 32, 1, 128).bfloat16()
     k, v = torch.randn(2, 1, 32, keys, 128).bfloat16()
     mask = torch.ones(1, 1, 1, keys, dtype=torch.bool)
-    fused = best(lambda i: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
-    return fused, best(lambda i: llama.attend(q, k, v, mask))
+    return best(lambda i: llama.attend(q, k, v, mask)), best(lambda i: speed.attend_one_query(q, k, v, mask))
 
 
 @torch.no_grad()

@@ -167,7 +167,7 @@ def answer(model, tokenizer, contexts, questions, features, device):
     gradient takes the same way back. Long answers (describe) go apart from short ones, so that little is padding.
     """
     pad_id = model.config.pad_token_id
-    ids = pad([tokenizer.start + tokenizer.encode(f"USER: {context}\n") for context in contexts], pad_id, device)
+    ids = pad([tokenizer.bos + tokenizer.encode(f"USER: {context}\n") for context in contexts], pad_id, device)
     real = ids != pad_id  # (N, S)
     if features is not None:
         ids, real, _ = model.expand(ids, real, None, *features.shape[:2])  # (N, S - 1 + P)
@@ -195,6 +195,7 @@ def build(tokenizer):
     config = LlavaConfig(text_config=TEXT, vision_config=VISION, image_token_index=tokenizer.id("<image>"),
                          pad_token_id=tokenizer.id("<pad>"), description=DESCRIPTION)
     model = Llava(config)
+    model.init_weights()
     with torch.no_grad():  # the usual deviation of 0.02 suits widths of thousands
         for layer in [*model.llama.blocks.modules(), *model.projector.modules()]:
             if isinstance(layer, nn.Linear):
