@@ -1,10 +1,11 @@
-"""python llava.py again and again without waiting for torch: a clean process has imported it, and forks for each command.
+"""python llava.py again and again: a clean process has imported torch once, and forks for each command.
 
-Used by test_hostile_cli.py. The process holds torch and the modules and nothing of pytest, so that neither the memory that a
-command takes nor the memory that is left to it depends on what the other tests have left behind.
+Used by test_hostile_cli.py. The process holds torch and the modules and nothing of pytest, so that neither the memory
+that a command takes nor the memory that is left to it depends on what the other tests have left behind.
 """
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -16,6 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {
+    name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+}  # which may unbuffer stdout
+ENVIRONMENT |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SECONDS = 20  # what a command may take of the processor
 
 
@@ -23,16 +28,15 @@ class Forks:
     """The process, from outside."""
 
     def __init__(self):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, **pipes)
+        self.process = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=ENVIRONMENT, **pipes)
 
     def run(self, *arguments, given=b"", room=None, closed=(), prepare=""):
-        """python llava.py with these arguments → its status, out and err, and the most MB that it added to its beginning.
+        """python llava.py with these arguments → its status, out and err, and the most MB that it added to its
+        beginning.
 
-        given: standard input. room: how many MB of addresses it may add. closed: standard streams that it does not have.
-        prepare: Python that runs in front, and knows os and signal.
+        given: standard input. room: how many MB of addresses it may add. closed: standard streams that it does not
+        have. prepare: Python that runs in front, and knows os and signal.
         """
         arguments = list(map(str, arguments))
         job = {"arguments": arguments, "given": given.hex(), "room": room, "closed": closed, "prepare": prepare}
@@ -64,8 +68,9 @@ def command(streams, start, arguments, room, closed, prepare, **_):
             os.close(number)
         signal.alarm(10 * SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        text = functools.partial(open, encoding="utf-8", closefd=False)
         sys.stdin, sys.stdout, sys.stderr = (
-            None if number in closed else open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+            None if number in closed else text(number, mode, errors=errors)
             for number, (mode, errors) in enumerate([("r", "strict"), ("w", "strict"), ("w", "backslashreplace")])
         )
         sys.argv = ["llava.py", *arguments]
@@ -104,7 +109,10 @@ def serve():
             os.close(stream)
         # a fork's peak begins with what the process before it holds: what it adds is its own
         added = usage.ru_maxrss / 1024 - float(begun or 0)
-        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "out": out, "err": err, "added": added}), flush=True)
+        print(
+            json.dumps({"status": os.waitstatus_to_exitcode(status), "out": out, "err": err, "added": added}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
