@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import FAMILIES, load_reference, make_checkpoint
+from reference import EDGE, FAMILIES, PAD, load_reference, make_checkpoint
 
 import llava
 
+pytest.register_assert_rewrite("checkpoints", "examples", "forks", "inputs", "pictures", "talkers")
+from checkpoints import Checkpoint  # noqa: E402
+from inputs import PROMPTS  # noqa: E402
+
 torch.set_num_threads(1)  # the models of these tests are so small that threads only wait for one another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores Ctrl-C, and so would its children
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell in the background ignores Ctrl-C, and so would its children
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +66,30 @@ def data():
     if "LLAVA_TEST_DATA" not in os.environ:
         pytest.skip("needs real pictures and the published tokenizer: set LLAVA_TEST_DATA to their folder")
     return Path(os.environ["LLAVA_TEST_DATA"])
+
+
+@pytest.fixture
+def batch():
+    """Three unequal prompts, padded on the left, and their three pictures."""
+    torch.manual_seed(3)
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in PROMPTS])
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": torch.randn(3, 3, EDGE, EDGE)}
+
+
+@pytest.fixture
+def ends(model):
+    """Set the ids that end an answer, for one test."""
+    before = model.config.eos_token_id
+
+    def set_ids(ids):
+        model.config.eos_token_id = ids
+
+    yield set_ids
+    model.config.eos_token_id = before
+
+
+@pytest.fixture
+def copy(checkpoints, tmp_path):
+    """A copy of the llama checkpoint, to be changed."""
+    return Checkpoint(checkpoints["llama"], tmp_path / "copy")

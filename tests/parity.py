@@ -5,10 +5,11 @@
     python tests/parity.py --dump stages.safetensors         write every stage of ours, by name
     python tests/parity.py --against stages.safetensors      compare such a file, from another port, with ours
 
-The exit status is 1 if a stage is over its bound. The bounds on the largest difference, relative to the largest number of the
-stage: 1e-9 in float64 (1e-6 for loss and gradients, which transformers computes in float32), 1e-5 in
-float32. Ids, pixels and tokens must be the same. In 16 bits the logits are judged instead, against those in float32: by how
-often the likeliest token is the same, and by the KL divergence, which may not be worse than those of transformers itself.
+The exit status is 1 if a stage is over its bound. The bounds on the largest difference, relative to the largest number
+of the stage: 1e-9 in float64 (1e-6 for loss and gradients, which transformers computes in float32), 1e-5 in float32.
+Ids, pixels and tokens must be the same. In 16 bits the logits are judged instead, against those in float32: by how
+often the likeliest token is the same, and by the KL divergence, which may not be worse than those of transformers
+itself.
 """
 
 import argparse
@@ -58,7 +59,9 @@ def theirs(reference, folder, model_config, preprocess_config, prompt, image, gr
     """The same stages from transformers (LlavaForConditionalGeneration 5.x), under the same names."""
     from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-    values = {name: getattr(preprocess_config, name) for name in ("size", "crop_size", "resample", "image_mean", "image_std")}
+    values = {
+        name: getattr(preprocess_config, name) for name in ("size", "crop_size", "resample", "image_mean", "image_std")
+    }
     pixels = CLIPImageProcessorPil(**values)(image, return_tensors="pt")["pixel_values"]
     tower = model_config.vision_config
     features = (tower.image_size // tower.patch_size) ** 2 + (model_config.vision_feature_select_strategy == "full")
@@ -82,7 +85,9 @@ def theirs(reference, folder, model_config, preprocess_config, prompt, image, gr
         reference.set_attn_implementation("sdpa")
         stages |= {f"attention.{i}": weight for i, weight in enumerate(weights_, start=1)}
     labels = ids.masked_fill(ids == model_config.image_token_index, -100)
-    stages |= loss_and_gradients(lambda: reference(**inputs, labels=labels).loss, reference, gradients, weights.our_name)
+    stages |= loss_and_gradients(
+        lambda: reference(**inputs, labels=labels).loss, reference, gradients, weights.our_name
+    )
     eos, pad = model_config.eos_token_ids, model_config.padding
     options = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=eos, pad_token_id=pad)
     stages["tokens"] = reference.generate(**inputs, **options)[:, ids.shape[1] :]
@@ -92,8 +97,8 @@ def theirs(reference, folder, model_config, preprocess_config, prompt, image, gr
 
 @contextlib.contextmanager
 def exact_softmax():
-    """The reference's written-out attention takes its softmax in float32 even of float64: where scores are large that alone costs
-    1e-6, more than what is looked for. Here float64 stays float64."""
+    """The reference's written-out attention takes its softmax in float32 even of float64: where scores are large that
+    alone costs 1e-6, more than what is looked for. Here float64 stays float64."""
     softmax = torch.nn.functional.softmax
 
     def kept(x, dim=None, dtype=None, **rest):
@@ -136,7 +141,9 @@ def bound(stage, dtype):
 
 
 def difference(a, b):
-    """Worst absolute difference of two lists of tensors, the same relative to the largest number of b, and the cosine."""
+    """Worst absolute difference of two lists of tensors,
+    the same relative to the largest number of b, and the cosine.
+    """
     if [x.shape for x in a] != [x.shape for x in b]:
         return float("inf"), float("inf"), 0.0
     a, b = (torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in (a, b))
@@ -146,8 +153,8 @@ def difference(a, b):
 
 
 def compare(a, b, dtype):
-    """Two dicts of stages → rows (stage, absolute, relative, cosine, bound), in the order of b. Gradients count by block: those
-    of some biases are zero but for rounding."""
+    """Two dicts of stages → rows (stage, absolute, relative, cosine, bound), in the order of b. Gradients count by
+    block: those of some biases are zero but for rounding."""
     groups = {}
     for stage in b:
         if stage in a:
@@ -180,14 +187,18 @@ def report(rows, names):
 
 
 def judge_logits(logits, truth):
-    """Logits in 16 bits against those in float32 → (share of positions with the same likeliest token, mean KL divergence)."""
+    """Logits in 16 bits against those in float32 → (share of positions with the same likeliest token,
+    mean KL divergence).
+    """
     truth, logits = truth.double().log_softmax(-1), logits.double().log_softmax(-1)
     kl = (truth.exp() * (truth - logits)).sum(-1).mean().item()
     return (truth.argmax(-1) == logits.argmax(-1)).double().mean().item(), kl
 
 
 def report_logits(ours_, theirs_, truth):
-    """Print both judgements; returns whether ours is worse. A tenth more KL is chance: the last bit of a sum's order."""
+    """Print both judgements; returns whether ours is worse. A tenth more KL is chance:
+    the last bit of a sum's order.
+    """
     rows = {"ours": judge_logits(ours_, truth), "transformers": judge_logits(theirs_, truth)}
     for name, (same, kl) in rows.items():
         print(f"{name:<14} against float32: the same likeliest token at {same:.1%} of positions, KL {kl:.2e}")
@@ -211,7 +222,9 @@ def run_ours(name, dtype, device, image, gradients):
 
 def run_theirs(folder, config, processor, dtype, device, image, gradients):
     reference = load_theirs(folder, dtype, device)
-    stages = theirs(reference, folder, config, processor.preprocess_config, processor.prompt(QUESTION), image, gradients)
+    stages = theirs(
+        reference, folder, config, processor.preprocess_config, processor.prompt(QUESTION), image, gradients
+    )
     del reference
     gc.collect()  # the two models are never in memory together
     return stages
@@ -264,7 +277,9 @@ def main(arguments=None):
         print(f"only one of the two has the stages {', '.join(sorted(missing))}")
     if dtype in SIXTEEN:
         truth = run_theirs(folder, config, processor, torch.float32, device, image, False)
-        over = [name for name in over if name not in ("tokens", "beams")]  # a tie that rounding breaks ends their likeness
+        over = [
+            name for name in over if name not in ("tokens", "beams")
+        ]  # a tie that rounding breaks ends their likeness
         if report_logits(stages["logits"], reference["logits"], truth["logits"]):
             over.append("logits")
     return int(bool(over or missing))

@@ -1,6 +1,7 @@
 """Random checkpoints in the published layout, made by transformers, which is the oracle of these tests.
 
-The published weights are not needed: a network of the same build with other sizes and random numbers exercises every line.
+The published weights are not needed: a network of the same build with other sizes and random numbers exercises every
+line.
 """
 
 import json
@@ -45,7 +46,8 @@ PREPROCESSOR = {  # the published preprocessor_config.json, for a smaller pictur
 def reference_config(family, text=None, vision=None, **top):
     """transformers' config of a small LLaVA: llama, or mistral with fewer key-value heads and a short window."""
     sizes = {
-        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": VOCABULARY,
+        "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "vocab_size": VOCABULARY,
         "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
     }  # fmt: skip
     if family == "llama":
@@ -67,14 +69,20 @@ def published_names(model):
     names = {}
     for name, tensor in model.state_dict().items():
         name = name.removeprefix("model.")
-        name = name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
-        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1) if name.startswith("vision_tower.") else name
+        name = (
+            name.replace("language_model.", "language_model.model.", 1) if name.startswith("language_model.") else name
+        )
+        name = (
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1) if name.startswith("vision_tower.") else name
+        )
         names["language_model." + name if name.startswith("lm_head.") else name] = tensor.contiguous()
     return names
 
 
 def make_checkpoint(folder, family="llama", seed=0, dtype=torch.float32, scale=4.0, **changes):
-    """Write a random checkpoint in the published layout. scale: of the initial weights, so that attention is not flat."""
+    """Write a random checkpoint in the published layout. scale:
+    of the initial weights, so that attention is not flat.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -97,12 +105,16 @@ def make_checkpoint(folder, family="llama", seed=0, dtype=torch.float32, scale=4
 
 
 def load_reference(folder, dtype=torch.float64, attention="sdpa"):
-    """The oracle on a checkpoint. "eager" only where attention weights are asked for: it gives NaN at padding in float64."""
+    """The oracle on a checkpoint. "eager" only where attention weights are asked for: it gives NaN at padding in
+    float64.
+    """
     return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
 
 
 def expanded(input_ids, attention_mask=None, size=FEATURES):
-    """What transformers 5's processor makes of ids (B, T) with one <image> for each picture: `size` of them, padded again."""
+    """What transformers 5's processor makes of ids (B, T) with one <image> for each picture:
+    `size` of them, padded again.
+    """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = []
     for ids, real in zip(input_ids.tolist(), mask.tolist(), strict=True):

@@ -1,10 +1,11 @@
-"""Coverage-guided fuzzing of everything that is read from outside; not part of the tests, as it needs atheris and many minutes.
+"""Coverage-guided fuzzing of everything that is read from outside; not part of the tests, as it needs atheris and many
+minutes.
 
     python tests/fuzz/fuzz.py picture -runs=50000
 
-The first argument is a target: config, index, header, tokenizer or picture. The others are libFuzzer's. An input may be taken,
-or refused with a ValueError or an OSError; anything else, 2 seconds of the processor for one input or 2 GB of memory end the
-run with the input saved. README.md beside this file says what was found.
+The first argument is a target: config, index, header, tokenizer or picture. The others are libFuzzer's. An input may be
+taken, or refused with a ValueError or an OSError; anything else, 2 seconds of the processor for one input or 2 GB of
+memory end the run with the input saved. README.md beside this file says what was found.
 """
 
 import copy
@@ -36,14 +37,19 @@ TINY = HERE.parents[2] / "tiny"
 CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
 JSON = {name: json.loads((TINY / name).read_text()) for name in CONFIGS}
 EXTREME = [
-    None, True, False, 0, 1, -1, 2, 7, 2**24, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "",
-    "x", "default", "full", "linear", "llama", "mistral", "../x.safetensors", "a.safetensors", "\0", "\ud800", [], [0], [None],
+    None, True, False, 0, 1, -1, 2, 7, 2**24, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"),
+    float("inf"), "",
+    "x", "default", "full", "linear", "llama", "mistral", "../x.safetensors", "a.safetensors", "\0", "\ud800", [], [0],
+    [None],
     [2.5], [[[]]], {}, {"a": 1}, {"shortest_edge": 28}, {"height": 28, "width": 28},
 ]  # fmt: skip
 FIELDS = [
-    "rope_scaling", "rope_parameters", "rope_theta", "rope_type", "type", "sliding_window", "head_dim", "num_key_value_heads",
-    "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act", "pad_token_id", "eos_token_id", "do_pad",
-    "quantization_config", "auto_map", "architectures", "model_type", "size", "crop_size", "resample", "description", "x",
+    "rope_scaling", "rope_parameters", "rope_theta", "rope_type", "type", "sliding_window", "head_dim",
+    "num_key_value_heads",
+    "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act", "pad_token_id", "eos_token_id",
+    "do_pad",
+    "quantization_config", "auto_map", "architectures", "model_type", "size", "crop_size", "resample", "description",
+    "x",
 ]  # fmt: skip
 
 
@@ -83,8 +89,20 @@ def encoded(values):
 def small_model():
     """The folder of a checkpoint of a few thousand numbers, and its model without numbers."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    tower = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
-    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tower = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    text = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     values = JSON["config.json"]
     values["vision_config"] |= tower | {"patch_size": 14}
     values["text_config"] |= text | {"head_dim": 4}
@@ -138,14 +156,28 @@ def index(data):
     if data.ConsumeProbability() < 0.2:
         content = data.ConsumeBytes(2000)
     else:
-        names = ["a.safetensors", "model.safetensors", "..", "/", "\\", "C:", ".safetensors", "\0", "%2e%2e", "\u2215", " "]
+        names = [
+            "a.safetensors",
+            "model.safetensors",
+            "..",
+            "/",
+            "\\",
+            "C:",
+            ".safetensors",
+            "\0",
+            "%2e%2e",
+            "\u2215",
+            " ",
+        ]
         parts = [data.PickValueInList(names) if data.ConsumeBool() else data.ConsumeUnicode(8) for _ in range(3)]
         name = "".join(parts[: data.ConsumeIntInRange(0, 3)]) + data.PickValueInList(["", ".safetensors"])
         values = {"metadata": {}, "weight_map": {"x": name if data.ConsumeBool() else extreme(data)}}
         content = encoded(changed(values, data) if data.ConsumeBool() else values)
     (FOLDER / weights.INDEX).write_bytes(content)
     for file in weights.shards(FOLDER):
-        assert file.parent == FOLDER and file.resolve().parent == FOLDER.resolve() and file.suffix == ".safetensors", file
+        assert file.parent == FOLDER and file.resolve().parent == FOLDER.resolve() and file.suffix == ".safetensors", (
+            file
+        )
     weights.scan(MODEL, FOLDER)
 
 
@@ -171,7 +203,9 @@ def header(data):
             if choice == 0:
                 values[data.ConsumeUnicodeNoSurrogates(30) or "x"] = values.pop(name)
             elif choice == 1:
-                entry["dtype"] = data.PickValueInList(["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "x", 3])
+                entry["dtype"] = data.PickValueInList(
+                    ["F64", "F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "x", 3]
+                )
             elif choice == 2:
                 sizes = [0, 1, 2, 8, 2**31, 2**63, -1, 2.0, None]
                 entry["shape"] = [data.PickValueInList(sizes) for _ in range(data.ConsumeIntInRange(0, 3))]
@@ -221,9 +255,13 @@ def seeds(folder):
     exif = Image.Exif()
     exif[0x0112] = 6
     saved = [("PNG", mode, {}) for mode in ("RGB", "RGBA", "L", "LA", "1", "P", "I;16")]
-    saved += [("JPEG", mode, {"progressive": way, "exif": exif}) for mode in ("RGB", "L", "CMYK") for way in (False, True)]
+    saved += [
+        ("JPEG", mode, {"progressive": way, "exif": exif}) for mode in ("RGB", "L", "CMYK") for way in (False, True)
+    ]
     saved += [("WEBP", mode, {"lossless": way}) for mode in ("RGB", "RGBA") for way in (False, True)]
-    saved += [("BMP", mode, {}) for mode in ("RGB", "L", "1", "P")] + [("PPM", mode, {}) for mode in ("RGB", "L", "1", "I")]
+    saved += [("BMP", mode, {}) for mode in ("RGB", "L", "1", "P")] + [
+        ("PPM", mode, {}) for mode in ("RGB", "L", "1", "I")
+    ]
     saved += [("TIFF", "RGB", {"compression": way}) for way in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg")]
     saved += [("TIFF", mode, {}) for mode in ("RGB", "L", "I;16", "I", "F", "CMYK", "1", "P")]
     frames = {"save_all": True, "append_images": [noise.transpose(0)]}
@@ -242,7 +280,9 @@ def main():
     WEIGHTS = (FOLDER / weights.SINGLE).read_bytes()
     TOKENIZER, PICTURE = llama.Tokenizer(FOLDER / "tokenizer.json"), Image.new("RGB", (40, 30), "red")
     PREPROCESS = read_config(FOLDER)[1]
-    target = {"config": config, "index": index, "header": header, "tokenizer": tokenizer, "picture": picture}[sys.argv[1]]
+    target = {"config": config, "index": index, "header": header, "tokenizer": tokenizer, "picture": picture}[
+        sys.argv[1]
+    ]
     if target is index:
         shutil.copy(FOLDER / weights.SINGLE, FOLDER / "a.safetensors")
         (FOLDER / weights.SINGLE).unlink()
@@ -265,7 +305,9 @@ def main():
     corpus = FOLDER / "corpus"
     corpus.mkdir()
     if target is picture:
-        vision.MAX_PIXELS = 4_000_000  # so that thousands of pictures a minute are possible; the cap itself has its tests
+        vision.MAX_PIXELS = (
+            4_000_000  # so that thousands of pictures a minute are possible; the cap itself has its tests
+        )
         seeds(corpus)
     else:  # random choices, so that it does not begin with inputs that are too short to choose anything
         rng = random.Random(0)

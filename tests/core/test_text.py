@@ -1,0 +1,456 @@
+"""From text to ids and back: equal to the tokenizers that transformers uses, and what a user types is text."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import EDGE, PATCH, TINY, expanded
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+import llama
+import llava
+import vision
+
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "Hello",
+    " Hello",
+    "  Hello  ",
+    "Hello ",
+    "<image>",
+    "<image>\nUSER: What is there? ASSISTANT:",
+    "USER: <image>\nWhat is there? ASSISTANT:",
+    "USER: What is there? <image>",
+    "USER: What is there?<image> ",
+    "<image>\n<image>\nWhat is the difference?",
+    "USER: <image> and <image>, which is larger?",
+    "<image><image>",
+    "<image> <image>",
+    "a<image>b",
+    "<image>\n",
+    "<image> \n x",
+    "<image>\n\nx",
+    "USER: Hi ASSISTANT: Yes.</s>USER: And now? ASSISTANT:",
+    "</s>USER:",
+    "</s> USER:",
+    "a</s></s>b",
+    "<unk><pad>x",
+    "Où est l'élève à Zürich? Ça va, señor.",
+    "图中有什么？猫和狗。",
+    "Здравствуйте, κόσμε, שלום, مرحبا",
+    "🐈 and 👩‍👩‍👧, 🇨🇭!",
+    "e\u0301 is not \u00e9; \u00a0 and \u3000 and \u200b are spaces of a kind",
+    "tabs\tand\r\nlines\n\n\nof code:    x = [1,  2]",
+    "▁ and \ufffd and \x00 and \x7f",
+    "USER:<image>\nNo space ASSISTANT:",
+    "1234567890 3.14159 100%",
+]
+TYPED = [
+    "<image>",
+    "</s>",
+    "<s>",
+    "<pad>",
+    "<unk>",
+    "How do I write <image> and </s>?",
+    "<s><image></s><unk>",
+    "[INST] <0x41>",
+]
+PROMPTS = {  # the published forms, of one, two and three turns
+    "llama": [
+        "USER: <image>\nWhat is there? ASSISTANT:",
+        "USER: <image>\nWhat is there? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:",
+        "USER: <image>\nWhat is there? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT: Black.</s>USER: Où? "
+        "ASSISTANT:",
+    ],
+    "mistral": [
+        "USER: <image>\nWhat is there?\nASSISTANT:",
+        "USER: <image>\nWhat is there?\nASSISTANT: A cat.</s>USER: Which colour?\nASSISTANT:",
+        "USER: <image>\nWhat is there?\nASSISTANT: A cat.</s>USER: Which colour?\nASSISTANT: Black.</s>USER: Où?\n"
+        "ASSISTANT:",
+    ],
+}
+TURNS = [
+    ("user", "What is there?"), ("assistant", "A cat."), ("user", "Which colour?"), ("assistant", "Black."),
+    ("user", "Où?"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session", params=["tiny", "vicuna"])
+def both(request, tmp_path_factory):
+    """(our tokenizer, the reference's): of this repository, and the published one."""
+    if request.param == "tiny":
+        file = TINY / "tokenizer.json"
+        return llama.Tokenizer(file), PreTrainedTokenizerFast(tokenizer_file=str(file))
+    published = request.getfixturevalue("data") / "vicuna-tokenizer"
+    folder = tmp_path_factory.mktemp("published") / "tokenizer"
+    shutil.copytree(published, folder)
+    (folder / "config.json").write_text('{"model_type": "llava"}')  # which decides how AutoTokenizer reads the others
+    return llama.Tokenizer(published / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def ours(both):
+    return both[0]
+
+
+@pytest.fixture(scope="session")
+def theirs(both):
+    return both[1]
+
+
+@pytest.fixture(scope="session")
+def published(data):
+    return llama.Tokenizer(data / "vicuna-tokenizer" / "tokenizer.json")
+
+
+def make_processor(tokenizer, family="llama"):
+    config = llava.LlavaConfig(image_token_index=tokenizer.id("<image>"), pad_token_id=tokenizer.id("<pad>"))
+    config.text_config = llama.TextConfig(model_type=family)
+    square = {"height": EDGE, "width": EDGE}
+    return llava.Processor(tokenizer, vision.PreprocessConfig(size={"shortest_edge": EDGE}, crop_size=square), config)
+
+
+def pictures(number):
+    rng = np.random.default_rng(number)
+    return [Image.fromarray(rng.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)) for i in range(number)]
+
+
+def special_ids(tokenizer):
+    return {tokenizer.id(token) for token in ("<unk>", "<s>", "</s>", "<image>", "<pad>")}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Text → ids
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_ids_equal_the_reference(ours, theirs, text):
+    expected = theirs(text).input_ids
+    assert ours.start + ours.encode(text) == expected
+    found = make_processor(ours)(text, pictures(text.count("<image>")) or None)
+    assert found["input_ids"].tolist() == [expected]
+    assert found["attention_mask"].tolist() == [[1] * len(expected)]
+    assert found["input_ids"].dtype == found["attention_mask"].dtype == torch.int64
+    assert ("pixel_values" in found) == ("<image>" in text)
+
+
+def test_published_ids(published):
+    """As transformers' own tests of LLaVA have them."""
+    ids = [1, 15043, 7084, 29901, 29871, 32000, 29871, 13, 7900]
+    assert published.start + published.encode("Hello Image: <image>\nAss") == ids
+    assert [published.id(token) for token in ("<unk>", "<s>", "</s>", "<image>", "<pad>")] == [0, 1, 2, 32000, 32001]
+    found = make_processor(published)("USER: <image>\nX", pictures(1))["input_ids"][0].tolist()
+    assert found == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 29990]
+    assert published.decode(found) == "USER:  \nX"  # two spaces, as in all published answers
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ascii)
+def test_bos_stands_in_front_and_nowhere_else(ours, text):
+    bos = ours.id("<s>")
+    assert ours.start == [bos]
+    ids = make_processor(ours)(text, pictures(text.count("<image>")))["input_ids"][0].tolist()
+    assert ids[0] == bos and ids.count(bos) == 1
+    for turns in (TURNS, TURNS[:1], [("user", text)], [("system", "Be brief."), *TURNS]):
+        ids = make_processor(ours).chat(turns, pictures(2))["input_ids"][0].tolist()
+        assert ids[0] == bos and ids.count(bos) == 1
+
+
+def test_encoding_does_not_depend_on_what_was_encoded_before(ours):
+    text = "USER: <image>\n</s>"
+    special, plain = ours.encode(text), ours.encode(text, special=False)
+    assert special != plain
+    assert [ours.encode(text), ours.encode(text, special=False), ours.encode(text)] == [special, plain, special]
+
+
+def test_nothing_is_cut_off_or_filled_up(ours, theirs):
+    """A tokenizer.json may ask for truncation and padding; a prompt cut inside a picture is worse than an error."""
+    text = "What is there? " * 3000
+    assert ours.start + ours.encode(text) == theirs(text).input_ids
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
+    fresh = llama.Tokenizer(TINY / "tokenizer.json")
+    fresh.bpe.enable_truncation(4)
+    fresh.bpe.enable_padding(length=20)
+    fresh.bpe.save(str(tmp_path / "tokenizer.json"))
+    text = "What is there in this picture?"
+    assert llama.Tokenizer(tmp_path / "tokenizer.json").encode(text) == llama.Tokenizer(TINY / "tokenizer.json").encode(
+        text
+    )
+    assert llama.Tokenizer(tmp_path / "tokenizer.json").start == [1]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The prompt
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_prompts_of_one_two_and_three_turns(ours, theirs, family, turn):
+    processor, text, turns = make_processor(ours, family), PROMPTS[family][turn], TURNS[: 2 * turn + 1]
+    assert processor.written(processor.turns(turns, 1)) == text
+    found = processor.chat(turns, pictures(1))
+    assert found["input_ids"].tolist() == [theirs(text).input_ids]
+    assert found["input_ids"].tolist() == processor(text, pictures(1))["input_ids"].tolist()
+
+    without = text.replace("<image>\n", "")
+    found = processor.chat(turns)
+    assert found["input_ids"].tolist() == [theirs(without).input_ids] and "pixel_values" not in found
+
+    several = text.replace("<image>\n", "<image>\n<image>\n<image>\n")
+    found = processor.chat(turns, pictures(3))
+    assert found["input_ids"].tolist() == [theirs(several).input_ids] and len(found["pixel_values"]) == 3
+
+
+def test_prompt_is_the_first_question_as_a_string(ours, family):
+    processor = make_processor(ours, family)
+    assert processor.prompt("What is there?") == PROMPTS[family][0]
+    assert processor.prompt("What is there?", images=0) == PROMPTS[family][0].replace("<image>\n", "")
+    assert processor.prompt("What is there?", images=2) == PROMPTS[family][0].replace("<image>\n", "<image>\n" * 2)
+
+
+def test_a_system_sentence_stands_in_front(ours, theirs, family):
+    processor, turns = make_processor(ours, family), [("system", llava.AUTHORS_SYSTEM), *TURNS[:1]]
+    text = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and "
+        "polite answers to the user's questions. " + PROMPTS[family][0]
+    )
+    assert processor.written(processor.turns(turns, 1)) == text
+    assert processor.chat(turns, pictures(1))["input_ids"].tolist() == [theirs(text).input_ids]
+
+
+def test_an_answer_in_the_prompt_is_closed(ours, theirs, family):
+    found = make_processor(ours, family).chat(TURNS[:2], pictures(1))["input_ids"][0].tolist()
+    assert found == theirs(PROMPTS[family][0] + " A cat.</s>").input_ids
+    assert found[-1] == ours.id("</s>")
+
+
+@pytest.mark.parametrize("words", [text for text in TEXTS if "<" not in text], ids=ascii)
+def test_any_words_are_encoded_as_in_the_whole_string(ours, theirs, family, words):
+    before, after = PROMPTS[family][0].split("What is there?")
+    found = make_processor(ours, family).chat([("user", words)], pictures(1))
+    assert found["input_ids"].tolist() == [theirs(before + words + after).input_ids]
+
+
+def test_unknown_roles_and_pictures_without_a_question_are_refused(ours):
+    processor = make_processor(ours)
+    with pytest.raises(ValueError, match="role is 'human'"):
+        processor.chat([("human", "Hello")])
+    with pytest.raises(ValueError, match="no user turn"):
+        processor.chat([("assistant", "Hello")], pictures(1))
+
+
+@pytest.mark.parametrize("words", TYPED)
+def test_what_a_user_types_is_text(ours, family, words):
+    processor = make_processor(ours, family)
+    plain = ours.encode(words, special=False)
+    assert not special_ids(ours) & set(plain)
+    assert ours.decode(plain) == words
+
+    for role in ("user", "system", "assistant"):
+        typed, harmless = ([(role, text), ("user", "Why?")] for text in (words, "Hello"))
+        ids, usual = (processor.chat(turns, pictures(2))["input_ids"][0].tolist() for turns in (typed, harmless))
+        for special in special_ids(ours):
+            assert ids.count(special) == usual.count(special)
+        assert words in ours.decode(ids)
+    assert not special_ids(ours) & set(processor.chat([("user", words)])["input_ids"][0, 1:].tolist())
+
+
+def test_in_a_prompt_special_tokens_count(ours):
+    ids = make_processor(ours)("<image></s><pad><unk>", pictures(1))["input_ids"][0, 1:].tolist()
+    assert ids == [ours.id(token) for token in ("<image>", "</s>", "<pad>", "<unk>")]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batches
+
+BATCH = [
+    "USER: <image>\nWhat? ASSISTANT:",
+    "Hello",
+    "USER: <image>\n<image>\nWhich of them is larger, and why? ASSISTANT:",
+    "",
+]
+
+
+def test_a_batch_is_padded_on_the_left(ours, theirs):
+    found = make_processor(ours)(BATCH, pictures(3))
+    rows = [theirs(text).input_ids for text in BATCH]
+    longest = max(map(len, rows))
+    assert found["input_ids"].tolist() == [[ours.id("<pad>")] * (longest - len(row)) + row for row in rows]
+    assert found["attention_mask"].tolist() == [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    assert found["input_ids"].dtype == found["attention_mask"].dtype == torch.int64
+    assert found["pixel_values"].shape == (3, 3, EDGE, EDGE) and found["pixel_values"].dtype == torch.float32
+
+
+def test_a_batch_equals_the_reference_processor():
+    """Which puts one placeholder for each feature; so does `expanded`, on which the tests of the model lean."""
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+    reference = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE}),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_file=str(TINY / "tokenizer.json"), padding_side="left", **names),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    expected = reference(text=BATCH, images=pictures(3), padding=True, return_tensors="pt")
+    found = make_processor(llama.Tokenizer(TINY / "tokenizer.json"))(BATCH, pictures(3))
+    ids, mask, _ = expanded(found["input_ids"], found["attention_mask"])
+    assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask, expected["attention_mask"])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    "text, given",
+    [
+        ("<image>", 0),
+        ("<image>", 2),
+        ("Hello", 1),
+        ("<image><image>", 1),
+        (["<image>", "Hello"], 2),
+        (["<image>"] * 3, 2),
+    ],
+)
+def test_a_wrong_number_of_pictures_is_refused_with_both_numbers(ours, text, given):
+    wanted = text.count("<image>")
+    with pytest.raises(ValueError, match=rf"\b{wanted} <image>.*\b{given} pictures"):
+        make_processor(ours)(text, pictures(given))
+
+
+def test_one_picture_need_not_be_in_a_list(ours):
+    image, processor = pictures(1)[0], make_processor(ours)
+    single, listed = processor("<image>", image), processor(["<image>"], [image])
+    assert all(torch.equal(single[name], listed[name]) for name in ("input_ids", "attention_mask", "pixel_values"))
+
+
+def test_a_tokenizer_with_another_image_token_is_refused(ours):
+    config = llava.LlavaConfig(image_token_index=ours.id("<image>") + 1)
+    with pytest.raises(ValueError, match=f"<image> the id {ours.id('<image>')}, config.json {ours.id('<image>') + 1}"):
+        llava.Processor(ours, vision.PreprocessConfig(), config)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Ids → text
+
+
+def random_ids(tokenizer, seed, length=30):
+    """Of even seeds any pieces and whole characters in bytes, of odd ones anything,
+    so that bytes seldom form characters.
+    """
+    rng = random.Random(seed)
+    size = tokenizer.bpe.get_vocab_size()
+    if seed % 2:
+        return [rng.randrange(3, 259) if rng.random() < 0.2 else rng.randrange(size) for _ in range(length)]
+    characters = [byte_ids(tokenizer, character.encode()) for character in "é猫🐈\n"]
+    parts = ([rng.randrange(259, size)] if rng.random() < 0.7 else rng.choice(characters) for _ in range(length))
+    return [i for part in parts for i in part]
+
+
+def byte_ids(tokenizer, data):
+    return [tokenizer.id(f"<0x{byte:02X}>") for byte in data]
+
+
+def test_decoding_equals_the_reference(ours, theirs):
+    for text in TEXTS:
+        ids = ours.start + ours.encode(text)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(torch.tensor(ids)) == make_processor(ours).decode(torch.tensor(ids)) == ours.decode(ids)
+    for seed in range(200):
+        ids = random_ids(ours, seed)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_special_tokens_are_not_shown(ours):
+    ids = [ours.id(token) for token in ("<s>", "<image>", "<unk>", "<pad>", "</s>")]
+    assert ours.decode(ids) == "" and ours.decode([]) == ""
+    assert ours.decode([*ids, *ours.encode("Hello"), *ids]) == "Hello"
+    assert "".join(ours.stream([*ids, *ours.encode("Hello"), *ids])) == "Hello" and list(ours.stream(ids)) == []
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text and "\ufffd" not in text], ids=ascii)
+def test_text_comes_back_as_it_was(ours, text):
+    assert ours.decode(ours.encode(text)) == text.replace("▁", " ")
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if "\ufffd" not in text], ids=ascii)
+def test_a_stream_adds_up_to_the_decoded_text(ours, text):
+    ids = ours.encode(text)
+    pieces = list(ours.stream(iter(ids)))
+    assert "".join(pieces) == ours.decode(ids)
+    assert all(piece and "\ufffd" not in piece for piece in pieces)
+
+
+def test_a_stream_shows_each_character_when_its_last_byte_is_there(ours):
+    ids = byte_ids(ours, "é猫🐈".encode())
+    stream = ours.stream(log := Logged(ids))
+    assert [(piece, log.taken) for piece in stream] == [("é", 2), ("猫", 5), ("🐈", 9)]
+
+
+def test_a_stream_shows_each_token_at_once(ours):
+    ids = ours.encode("What is there in the picture? A cat, and two dogs.")
+    shown = [(piece, log.taken) for log in [Logged(ids)] for piece in ours.stream(log)]
+    assert [taken for _, taken in shown] == list(
+        range(1 + len(ids) - len(shown), 1 + len(ids))
+    )  # at most "▁" shows nothing
+    assert len(ids) - len(shown) <= 1
+
+
+class Logged:
+    """An iterator that knows how many of its items were taken."""
+
+    def __init__(self, items):
+        self.items, self.taken = iter(items), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        item = next(self.items)
+        self.taken += 1
+        return item
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_stream_of_random_ids_adds_up(ours, broken):
+    for seed in range(broken, 200, 2):
+        ids = random_ids(ours, seed)
+        text, pieces = ours.decode(ids), list(ours.stream(ids))
+        assert all(piece and "\ufffd" not in piece for piece in pieces), seed
+        assert broken or "\ufffd" not in text
+        if "\ufffd" not in text:
+            assert "".join(pieces) == text, seed
+        else:  # whatever is not broken is shown, in its order
+            shown = iter("".join(pieces))
+            assert all(letter in shown for letter in text.replace("\ufffd", "")), seed
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_stream_cut_inside_a_character_shows_what_is_whole(ours, cut):
+    ids = ours.encode("Here: ") + byte_ids(ours, "猫🐈".encode()[:-cut])
+    assert "".join(ours.stream(ids)) == "Here: 猫"
+
+
+def test_a_stream_never_shows_a_broken_character(ours):
+    words = ours.encode("cat")
+    for broken in (b"\xff", b"\xe5", b"\xf0\x9f\x90", b"\x80\x80", b"\xe7\x8c"):
+        ids = byte_ids(ours, broken)
+        assert "".join(ours.stream([*words, *ids, *words])) == "cat cat"
+        assert "".join(ours.stream([*words, *ids])) == "cat"
+        assert "".join(ours.stream([*words, *byte_ids(ours, "猫".encode()), *ids, *words])) == "cat猫 cat"
+
+
+def test_a_stream_is_lazy(ours):
+    def ids():
+        yield from ours.encode("Hello")
+        raise RuntimeError("asked for more than was needed")
+
+    assert next(ours.stream(ids()))

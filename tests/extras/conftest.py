@@ -1,0 +1,67 @@
+"""The command line in this process, a model that speaks in words, and some pictures."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from pictures import make_picture
+from talkers import Screen, make_talker
+
+import llama
+import llava
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_talker(tmp_path_factory.mktemp("talker"))
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    """(model, processor): what the command line should be using."""
+    return llava.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return [make_picture(tmp_path_factory.mktemp("pictures") / f"{seed}.png", seed) for seed in range(3)]
+
+
+@pytest.fixture
+def main(capsys):
+    """arguments → exit status, stdout, stderr."""
+
+    def main(*arguments):
+        try:
+            status = llava.main([str(argument) for argument in arguments])
+        except SystemExit as left:  # argparse leaves by itself
+            status = left.code
+        return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
+
+    return main
+
+
+@pytest.fixture
+def ask(main, folder):
+    return lambda *arguments: main("--model", folder, "--device", "cpu", *arguments)
+
+
+@pytest.fixture
+def watch(monkeypatch, ask):
+    """arguments → the screen on which the answer appeared."""
+
+    def watch(*arguments):
+        screen, forward = Screen(), llama.Llama.forward
+
+        def counted(self, x, *args, **kwargs):
+            screen.passes += 1
+            screen.rows.add(len(x))
+            return forward(self, x, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.Llama, "forward", counted)
+            patch.setattr(sys, "stdout", screen)
+            assert ask(*arguments).status == 0
+        return screen
+
+    return watch

@@ -1,0 +1,129 @@
+"""Beam search and the scores of given answers, against transformers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from inputs import PROMPTS, alone, filled, rare_ends, reference_generate
+
+import llama
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("beams", [2, 3, 5])
+@pytest.mark.parametrize("length", [1, 2, 12])
+def test_beams_equal_the_reference(model, reference, batch, ends, beams, length):
+    for eos in (2, rare_ends(model, batch), int(model.generate(**batch, max_new_tokens=1)[0, 0])):
+        ends(eos)
+        ours = model.generate(**batch, max_new_tokens=length, num_beams=beams)
+        theirs = reference_generate(reference, batch, eos, max_new_tokens=length, num_beams=beams)
+        assert torch.equal(ours, theirs)
+
+
+def test_beam_search_finishes_hypotheses_as_the_reference_does(reference):
+    """Random logits with ends of every likelihood: the states in which an early end must beat,
+    or wait for, a longer answer.
+    """
+    torch.manual_seed(4)
+    for trial in range(40):
+        beams, eos = 2 + trial % 3, [3, 4][: 1 + trial % 2]
+        table = torch.randn(12, 12) * 3  # the logits after each token
+        table[:, eos] += trial % 5 - 1
+        state = llama.init_beams(2, beams, 8, 11, "cpu")
+        rows = torch.tensor([1, 2]).repeat_interleave(beams)
+        more = True
+        while more:
+            rows, _, more = llama.beam_step(state, table[rows], eos)
+        ours = llama.best_beams(state)
+        theirs = scripted(reference, table, [[1], [2]], eos, 8, beams)
+        assert torch.equal(ours, theirs), trial
+
+
+def scripted(reference, table, prompts, eos, new, beams):
+    """transformers' beam search over a model whose logits are a table of the last token."""
+    import types
+
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    def forward(self, input_ids, **_):
+        return CausalLMOutputWithPast(logits=table[input_ids])
+
+    original = reference.forward
+    reference.forward = types.MethodType(forward, reference)
+    try:
+        out = reference.generate(
+            input_ids=torch.tensor(prompts), max_new_tokens=new, num_beams=beams, do_sample=False, use_cache=False,
+            eos_token_id=eos, pad_token_id=11,
+        )  # fmt: skip
+    finally:
+        reference.forward = original
+    return out[:, 1:]
+
+
+def test_beams_find_a_likelier_answer_than_greedy(model, batch):
+    single = alone(batch)[1]
+    greedy, best = (model.generate(**single, max_new_tokens=8, num_beams=n)[0].tolist() for n in (1, 5))
+    scores = model.score([greedy, best], single["input_ids"], single["pixel_values"])
+    assert scores[1] / len(best) >= scores[0] / len(greedy)
+
+
+def test_score_is_the_sum_of_log_probabilities(model, batch):
+    single, answers = alone(batch)[0], [[60, 61, 2], [62, 2], [60, 61, 63, 64, 2]]
+    scores = model.score(answers, single["input_ids"], single["pixel_values"])
+    for score, answer in zip(scores, answers, strict=True):
+        ids = torch.tensor([PROMPTS[0] + answer])
+        logits = model(ids, single["pixel_values"]).logits[0, -len(answer) - 1 : -1].float().log_softmax(-1)
+        assert math.isclose(score, sum(row[i] for row, i in zip(logits, answer, strict=True)), rel_tol=1e-6)
+
+
+def test_a_search_leaves_the_prompt_in_the_cache(model, batch):
+    single = alone(batch)[0]
+    cache = model.init_kv_cache(1, 60)
+    said = model.generate(**single, max_new_tokens=5, num_beams=3, kv_cache=cache)
+    assert int(cache["length"]) == len(PROMPTS[0]) + 15
+    again = model.generate(torch.tensor([[*said[0].tolist(), 70]]), max_new_tokens=5, kv_cache=cache)
+    whole = torch.tensor([PROMPTS[0] + said[0].tolist() + [70]])
+    assert torch.equal(again, model.generate(whole, single["pixel_values"], max_new_tokens=5))
+
+
+def test_beams_do_not_sample(model):
+    with pytest.raises(ValueError, match="beam search does not sample"):
+        model.generate(torch.tensor([[1, 40]]), num_beams=2, temperature=1.0)
+
+
+def test_more_ends_than_the_vocabulary_has_room_for(model):
+    other = copy.deepcopy(model)
+    other.config.eos_token_id = list(range(other.config.text_config.vocab_size))
+    assert other.generate(torch.tensor([[1, 40]]), num_beams=2, max_new_tokens=3).shape[0] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The cache of several beams
+
+
+def test_a_forked_cache_holds_each_row_several_times_side_by_side():
+    cache = filled()
+    before = {name: tensor.clone() for name, tensor in cache.items()}
+    fork = llama.fork_cache(cache, copies=2, new=6)
+    assert set(fork) == set(cache) and int(fork["length"]) == 5 and fork["real"].shape == (6, 11)
+    for name in cache:
+        if name != "length":
+            dim = 1 if name == "real" else 2
+            assert torch.equal(fork[name].narrow(dim, 0, 5), cache[name].narrow(dim, 0, 5)[[0, 0, 1, 1, 2, 2]])
+            assert fork[name].shape[dim] == 11 and fork[name].dtype == cache[name].dtype
+    for tensor in fork.values():
+        tensor.fill_(1)
+    assert all(torch.equal(before[name], cache[name]) for name in cache)  # nothing is shared
+
+
+def test_a_fork_without_new_positions_has_no_room():
+    fork = llama.fork_cache(filled(), copies=1, new=0)
+    assert fork["real"].shape == (3, 5)
+    with pytest.raises(ValueError, match="do not fit"):
+        llama.check_room(fork, 1)
