@@ -1,7 +1,7 @@
 """Several rows at once: tokens a second of all of them together, for batches of growing size.
 
-    python benchmarks/batch.py
-    python benchmarks/batch.py --batches 1 16 --sides "ours bfloat16" "ours int4"
+python benchmarks/batch.py
+python benchmarks/batch.py --batches 1 16 --sides "ours bfloat16" "ours int4"
 """
 
 import statistics
@@ -25,7 +25,9 @@ def main():
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {options.model}, {options.layers} layers; tokens/s of all rows\n")
-    print(f"| side | {' | '.join(f'batch {batch}' for batch in options.batches)} |\n|{'---|' * (1 + len(options.batches))}")
+    print(
+        f"| side | {' | '.join(f'batch {batch}' for batch in options.batches)} |\n|{'---|' * (1 + len(options.batches))}"
+    )
     for name, rates in table.items():
         print(f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates)} |")
 

@@ -27,7 +27,9 @@ def main():
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {options.model}, {options.layers} layers; a sum reads {width / 1e9:.1f} GB/s\n")
-    print("| side | tokens/s | of transformers bfloat16, within a round | GB/s | of the bandwidth |\n|---|---|---|---|---|")
+    print(
+        "| side | tokens/s | of transformers bfloat16, within a round | GB/s | of the bandwidth |\n|---|---|---|---|---|"
+    )
     rows = []
     for name in names:
         rate = [1 / value for value in seconds[name]]
@@ -50,7 +52,9 @@ def draw(rows, options):
     names, rates = zip(*reversed(rows), strict=True)
     bars = axes.barh(names, rates, color=["#2a6f97" if name.startswith("ours") else "#b8b8b8" for name in names])
     axes.bar_label(bars, fmt="%.0f", padding=3)
-    axes.set_xlabel(f"tokens a second, {options.model} widths, {options.layers} layers, {peers.os.cpu_count()} CPU cores")
+    axes.set_xlabel(
+        f"tokens a second, {options.model} widths, {options.layers} layers, {peers.os.cpu_count()} CPU cores"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(options.picture, dpi=110)
 

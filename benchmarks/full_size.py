@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from published import CONFIGS, DTYPES, PUBLISHED, nbytes, tensors  # noqa: E402
 
+import llama  # noqa: E402
 import llava  # noqa: E402
 import vision  # noqa: E402
 import weights  # noqa: E402

@@ -40,12 +40,16 @@ def main():
             for name in names:
                 command = [sys.executable, __file__, "--measure", folder.name, "--sides", name]
                 begin = time.time()
-                got = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+                got = json.loads(
+                    subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+                )
                 results[name].append({**got, "loaded": got["loaded"] - begin, "said": got["said"] - begin})
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {options.model}, {options.layers} layers and the whole tower\n")
-    print("| side | loaded, s | of transformers' | first token, s | of transformers' | weights, GB | peak, GB | peak / weights |")
+    print(
+        "| side | loaded, s | of transformers' | first token, s | of transformers' | weights, GB | peak, GB | peak / weights |"
+    )
     print(f"|{'---|' * 8}")
     for name, runs in results.items():
         base = results.get(peers.BASE, runs)

@@ -1,7 +1,7 @@
 """The parts of a step on a CPU, each timed alone: a matrix and one vector, and one query over a cache.
 
-    python benchmarks/parts.py
-    THP_MEM_ALLOC_ENABLE=0 python benchmarks/parts.py     # with pages of 4 kB
+python benchmarks/parts.py
+THP_MEM_ALLOC_ENABLE=0 python benchmarks/parts.py     # with pages of 4 kB
 """
 
 import time
@@ -10,8 +10,8 @@ import peers
 import torch
 import torch.nn.functional as F
 
-from extras import quantize, speed
 import llama
+from extras import quantize, speed
 
 
 def best(function, number=30):
@@ -59,7 +59,9 @@ def attention(keys):
 
 @torch.no_grad()
 def main():
-    print(f"{peers.machine()}; a sum reads {peers.bandwidth() / 1e9:.1f} GB/s\n\n| a matrix of 7B and one vector | ms | GB/s |")
+    print(
+        f"{peers.machine()}; a sum reads {peers.bandwidth() / 1e9:.1f} GB/s\n\n| a matrix of 7B and one vector | ms | GB/s |"
+    )
     print("|---|---|---|")
     for name, size, seconds in products():
         print(f"| {name} | {seconds * 1e3:.2f} | {size / seconds / 1e9:.1f} |")

@@ -63,7 +63,9 @@ class Ours:
 
     def decode(self, tokens, batch=1):
         """Seconds for each step behind a prompt of 64 tokens."""
-        marks = [time.perf_counter() for _ in self.model.stream(torch.tensor([TEXT] * batch), max_new_tokens=tokens + 1)]
+        marks = [
+            time.perf_counter() for _ in self.model.stream(torch.tensor([TEXT] * batch), max_new_tokens=tokens + 1)
+        ]
         assert len(marks) == tokens + 1, "the answer ended early"
         return (marks[-1] - marks[0]) / tokens
 
@@ -117,7 +119,12 @@ class Transformers:
             length["streamer"] = Clock()
         begin = time.perf_counter()
         self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length, **self.settings
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            pad_token_id=0,
+            **length,
+            **self.settings,
         )
         if batch == 1:
             return (marks[-1] - marks[1]) / tokens  # the first mark is the prompt's
@@ -167,7 +174,11 @@ def write_gguf(path, text, type):
     import gguf
     import numpy as np
 
-    wide, inner, heads = text.get("hidden_size", 4096), text.get("intermediate_size", 11008), text.get("num_attention_heads", 32)
+    wide, inner, heads = (
+        text.get("hidden_size", 4096),
+        text.get("intermediate_size", 11008),
+        text.get("num_attention_heads", 32),
+    )
     groups, layers, words = text.get("num_key_value_heads", heads), text["num_hidden_layers"], text["vocab_size"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096), writer.add_embedding_length(wide), writer.add_block_count(layers)
@@ -219,7 +230,9 @@ class Side:
         command = [sys.executable, __file__, "--serve", name, "--folder", str(folder)]
         self.name = name
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.about = self.answer()
 
     def ask(self, method, **arguments):
@@ -299,7 +312,9 @@ def compare(names, folder, number, method, what="seconds", **arguments):
 
 def parser(docstring, sides):
     made = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", choices=list(full_size.CONFIGS), default="7b", help="whose widths (default: %(default)s)")
+    made.add_argument(
+        "--model", choices=list(full_size.CONFIGS), default="7b", help="whose widths (default: %(default)s)"
+    )
     made.add_argument("--layers", type=int, default=2, help="of the language model (default: %(default)s)")
     made.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
     made.add_argument("--sides", nargs="+", choices=list(SIDES), default=sides, metavar="SIDE", help="; ".join(SIDES))

@@ -1,7 +1,7 @@
 """Reading a prompt: one picture and 40 words, from pixels to the logits of the next token, ours beside transformers.
 
-    python benchmarks/prefill.py
-    python benchmarks/prefill.py --layers 4 --words 400
+python benchmarks/prefill.py
+python benchmarks/prefill.py --layers 4 --words 400
 """
 
 import peers

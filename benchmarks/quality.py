@@ -47,7 +47,9 @@ def tiny(number):
     table = train.collect(number, held_out=False)
     rows = {name: answers(settings, table) for name, settings in SCHEMES.items()}
     base, right = rows["float32"]
-    print(f"tiny, {len(base)} questions about fresh scenes\n\n| scheme | right | right in float32 and now wrong | other words |")
+    print(
+        f"tiny, {len(base)} questions about fresh scenes\n\n| scheme | right | right in float32 and now wrong | other words |"
+    )
     print("|---|---|---|---|")
     truth = [answer for _, items in table.values() for _, answer in items]
     for name, (said, hits) in rows.items():

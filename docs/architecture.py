@@ -94,7 +94,7 @@ def drawing():
     width, height, names = 340, 58, {"eye": "vision.py", "bridge": "llava.py", "voice": "llama.py"}
     out = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 770 800" role="img" aria-label="A picture goes through '
-        'vision tower and projector, a prompt through the embedding; '
+        "vision tower and projector, a prompt through the embedding; "
         'merged, both go through Llama to the next token.">',
         "<style>text{font:13px system-ui,sans-serif;fill:#222}.t{font-weight:600}.s{font-size:11px;fill:#444}"
         ".eye{fill:#dbe9f6}.bridge{fill:#fbe3d2}.voice{fill:#e0efdc}rect{stroke:#777}"

@@ -9,8 +9,8 @@ import sys
 
 import llama
 from extras import checks
-from extras.turn import Conversation, answer, context
 from extras.cli import fail, notice
+from extras.turn import Conversation, answer, context
 
 
 def chat(model, processor, images, options, system=()):

@@ -1,7 +1,7 @@
 """One question of many pictures, each by itself: --each."""
 
-from extras.turn import answer, open_named
 from extras.cli import fail, one_line
+from extras.turn import answer, open_named
 
 
 def answer_each(model, processor, options, turns):

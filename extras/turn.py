@@ -42,7 +42,7 @@ def answer(model, processor, options, turns, images, conversation=None):
             yield processor.decode(said)
         else:
             ids = model.stream(**inputs, **sampling, kv_cache=conversation.kv_cache)
-            yield from as_text(processor, ids, said)
+            yield from as_text(processor.tokenizer, ids, said)
     finally:  # also when it is interrupted
         cost.close()
         if said:
@@ -55,17 +55,17 @@ def answer(model, processor, options, turns, images, conversation=None):
         notice(f"the answer is cut off after {len(said)} tokens")
 
 
-def as_text(processor, ids, seen):
+def as_text(tokenizer, ids, seen=None):
     """An iterator of ids → an iterator of pieces of text, each of whole characters. The ids are appended to the list
     seen.
 
     The bytes of an incomplete character decode to U+FFFD: they are held back until it is complete, and dropped if it
     never is.
     """
-    shown = 0
+    seen, shown = [] if seen is None else seen, 0
     for i in ids:
         seen.append(int(i))
-        text = processor.decode(seen)
+        text = tokenizer.decode(seen)
         if not text.endswith("\ufffd"):
             piece, shown = text[shown:].replace("\ufffd", ""), len(text)
             if piece:

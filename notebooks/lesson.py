@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in (".", "tiny", "tests", "notebooks") if str(ROOT / folder) not in sys.path]
+sys.path[:0] = [
+    str(ROOT / folder) for folder in (".", "tiny", "tests", "notebooks") if str(ROOT / folder) not in sys.path
+]
 
 NAME = os.environ.get("LLAVA_WEIGHTS", "tiny")  # what the notebooks load: tiny, a folder, or a Hub id
 PHOTO = os.environ.get("LLAVA_PHOTO", str(ROOT / "tiny" / "scene.png"))

@@ -81,7 +81,9 @@ def computed():
 
 def text(cell):
     """What a code cell prints, without pictures."""
-    parts = [output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", [])]
+    parts = [
+        output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in cell.get("outputs", [])
+    ]
     return "".join(part for part in parts if not part.startswith("<Figure"))
 
 
@@ -149,7 +151,10 @@ def main():
         fresh, seconds = execute(file)
         found = [] if options.write else differences(read(file), fresh)
         late = f", more than {SECONDS} s" if seconds > SECONDS else ""
-        print(f"{file.name:<28} {seconds:5.0f} s of computing{late}{': prints something else' if found else ''}", flush=True)
+        print(
+            f"{file.name:<28} {seconds:5.0f} s of computing{late}{': prints something else' if found else ''}",
+            flush=True,
+        )
         print("".join(f"  {line}\n" for line in found), end="")
         failed |= bool(found or late)
         if options.write:

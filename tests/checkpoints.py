@@ -10,6 +10,7 @@ import torch
 from reference import PREPROCESSOR
 from safetensors.torch import load_file, save_file
 
+import llama
 import llava
 import vision
 import weights
@@ -123,7 +124,9 @@ def read_config(folder, values, edge=336):
 
 
 def configs(folder):
-    return weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)
+    """The config of the model and that of its pictures, as load reads them."""
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
+    return config, weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
 
 
 def same(model, other):

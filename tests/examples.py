@@ -5,7 +5,7 @@ import warnings
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-import llava
+from extras import cli
 
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -21,7 +21,7 @@ def tried(call, *args):
         try:
             return call(*args)
         except (ValueError, OSError) as error:
-            assert str(error) and "\n" not in llava.line(error)
+            assert str(error) and "\n" not in cli.one_line(error)
 
 
 BROKEN = st.characters(
@@ -29,4 +29,4 @@ BROKEN = st.characters(
 )  # bytes, as the shell disguises them
 LETTERS = st.characters(codec="utf-8") | BROKEN
 ARGUMENTS = st.text(LETTERS) | st.text("<>/simagepdun|USER:ASTN \n▁\0", max_size=60)
-PLAIN = ARGUMENTS.map(llava.readable)
+PLAIN = ARGUMENTS.map(cli.readable)

@@ -118,5 +118,6 @@ def serve():
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     import llava  # noqa: F401 (once, for all forks)
+    from extras import beams, chat, checks, choices, cli, each, hub, speed, turn  # noqa: F401
 
     serve()

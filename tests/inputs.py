@@ -34,9 +34,7 @@ def rare_ends(model, batch, steps=(3, 6)):
 
 def small(**changes):
     sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
-    model = llama.Llama(llama.TextConfig(**sizes | changes)).double()
-    model.init_weights()
-    return model
+    return llama.Llama(llama.TextConfig(**sizes | changes)).double()
 
 
 def filled(rows=3, room=4):

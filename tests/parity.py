@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
-import vision
 import weights
+from extras import checks, hub, speed
 
 QUESTION = "Describe the image."
 NEW_TOKENS = 24
@@ -241,9 +241,9 @@ def main(arguments=None):
     parser.add_argument("--against", metavar="FILE", help="compare a file of stages with ours, instead of transformers")
     options = parser.parse_args(arguments)
     try:
-        dtype, device = llava.pick_dtype(options.dtype), llava.pick_device(options.device)
-        folder = weights.find(options.model)
-        image = vision.open_image(options.image or weights.find("tiny") / "scene.png")
+        dtype, device = speed.pick_dtype(options.dtype), speed.pick_device(options.device)
+        folder = hub.find(options.model)
+        image = checks.open_image(options.image or hub.find("tiny") / "scene.png")
         other = load_file(options.against) if options.against else {}
         if options.dump:
             Path(options.dump).open("ab").close()  # now, and not after all the work

@@ -10,9 +10,9 @@ from PIL import Image
 from reference import EDGE, IMAGE, TINY
 from transformers import LlavaImageProcessorPil
 
-import llama
 import llava
 import vision
+from extras import checks
 
 
 @examples(80)
@@ -28,7 +28,7 @@ def test_any_picture_equals_the_reference(width, height, mode, pad, edge):
 @pytest.fixture(scope="module")
 def processor():
     config = llava.LlavaConfig(image_token_index=IMAGE)
-    return llava.Processor(llama.Tokenizer(TINY / "tokenizer.json"), preprocess_config(), config)
+    return llava.Processor(checks.Tokenizer(TINY / "tokenizer.json"), preprocess_config(), config)
 
 
 @examples(300)

@@ -31,6 +31,7 @@ from PIL import Image
 import llama
 import llava
 import vision
+from extras import lens
 
 MODULES = {module.__name__: module for module in (vision, llama, llava)}
 SOURCES = {name: inspect.getsource(module) for name, module in MODULES.items()}
@@ -72,7 +73,7 @@ ARGUMENTS = {  # what the arguments of a function decide
     "llama.Llama.forward": lambda v: decoder(v["x"], v["kv_cache"]),
     "llama.real_tokens": lambda v: decoder(torch.empty(*v["shape"]), v["kv_cache"]),
     "llama.filtered": lambda v: dict(B=len(v["logits"])),
-    "llama.beam_step": lambda v: dict(
+    "beams.beam_step": lambda v: dict(
         B=v["beams"]["ids"].shape[0],
         n=v["beams"]["ids"].shape[1],
         k=v["beams"]["ids"].shape[1] * max(2, 1 + len(v["eos_token_ids"])),
@@ -108,7 +109,7 @@ def scenario():
     )
     vision.preprocess(Image.new("RGB", (60, 90)), tall)
     vision.preprocess(Image.new("RGBA", (70, 50)), tall, pad=True)
-    vision.patch_boxes(60, 90, TOWER.image_size // TOWER.patch_size, tall)
+    lens.patch_boxes(60, 90, TOWER.image_size // TOWER.patch_size, tall)
 
     model(prompts, pixels, mask, labels=prompts, output_attentions=True, output_hidden_states=True)
     model(prompts, pixels, torch.tensor([[1] * 8 + [0], [1] * 9, [1] * 9]))  # padded on the right

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, P
 import llama
 import llava
 import vision
+from extras import checks, cli
 
 TEXTS = [
     "",
@@ -85,12 +86,12 @@ def both(request, tmp_path_factory):
     """(our tokenizer, the reference's): of this repository, and the published one."""
     if request.param == "tiny":
         file = TINY / "tokenizer.json"
-        return llama.Tokenizer(file), PreTrainedTokenizerFast(tokenizer_file=str(file))
+        return checks.Tokenizer(file), PreTrainedTokenizerFast(tokenizer_file=str(file))
     published = request.getfixturevalue("data") / "vicuna-tokenizer"
     folder = tmp_path_factory.mktemp("published") / "tokenizer"
     shutil.copytree(published, folder)
     (folder / "config.json").write_text('{"model_type": "llava"}')  # which decides how AutoTokenizer reads the others
-    return llama.Tokenizer(published / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
+    return checks.Tokenizer(published / "tokenizer.json"), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +106,7 @@ def theirs(both):
 
 @pytest.fixture(scope="session")
 def published(data):
-    return llama.Tokenizer(data / "vicuna-tokenizer" / "tokenizer.json")
+    return checks.Tokenizer(data / "vicuna-tokenizer" / "tokenizer.json")
 
 
 def make_processor(tokenizer, family="llama"):
@@ -174,15 +175,15 @@ def test_nothing_is_cut_off_or_filled_up(ours, theirs):
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
-    fresh = llama.Tokenizer(TINY / "tokenizer.json")
+    fresh = checks.Tokenizer(TINY / "tokenizer.json")
     fresh.bpe.enable_truncation(4)
     fresh.bpe.enable_padding(length=20)
     fresh.bpe.save(str(tmp_path / "tokenizer.json"))
     text = "What is there in this picture?"
-    assert llama.Tokenizer(tmp_path / "tokenizer.json").encode(text) == llama.Tokenizer(TINY / "tokenizer.json").encode(
-        text
-    )
-    assert llama.Tokenizer(tmp_path / "tokenizer.json").start == [1]
+    assert checks.Tokenizer(tmp_path / "tokenizer.json").encode(text) == checks.Tokenizer(
+        TINY / "tokenizer.json"
+    ).encode(text)
+    assert checks.Tokenizer(tmp_path / "tokenizer.json").start == [1]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_prompts_of_one_two_and_three_turns(ours, theirs, family, turn):
     processor, text, turns = make_processor(ours, family), PROMPTS[family][turn], TURNS[: 2 * turn + 1]
-    assert processor.written(processor.turns(turns, 1)) == text
+    assert processor.as_text(processor.pieces(turns, 1)) == text
     found = processor.chat(turns, pictures(1))
     assert found["input_ids"].tolist() == [theirs(text).input_ids]
     assert found["input_ids"].tolist() == processor(text, pictures(1))["input_ids"].tolist()
@@ -214,13 +215,13 @@ def test_prompt_is_the_first_question_as_a_string(ours, family):
 
 
 def test_a_system_sentence_stands_in_front(ours, theirs, family):
-    processor, turns = make_processor(ours, family), [("system", llava.AUTHORS_SYSTEM), *TURNS[:1]]
+    processor, turns = make_processor(ours, family), [("system", cli.AUTHORS_SYSTEM), *TURNS[:1]]
     text = (
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and "
         "polite answers to the user's questions. " + PROMPTS[family][0]
     )
-    assert processor.written(processor.turns(turns, 1)) == text
+    assert processor.as_text(processor.pieces(turns, 1)) == text
     assert processor.chat(turns, pictures(1))["input_ids"].tolist() == [theirs(text).input_ids]
 
 
@@ -303,7 +304,7 @@ def test_a_batch_equals_the_reference_processor():
         num_additional_image_tokens=1,
     )
     expected = reference(text=BATCH, images=pictures(3), padding=True, return_tensors="pt")
-    found = make_processor(llama.Tokenizer(TINY / "tokenizer.json"))(BATCH, pictures(3))
+    found = make_processor(checks.Tokenizer(TINY / "tokenizer.json"))(BATCH, pictures(3))
     ids, mask, _ = expanded(found["input_ids"], found["attention_mask"])
     assert torch.equal(ids, expected["input_ids"]) and torch.equal(mask, expected["attention_mask"])
     assert torch.equal(found["pixel_values"], expected["pixel_values"])
@@ -373,7 +374,10 @@ def test_special_tokens_are_not_shown(ours):
     ids = [ours.id(token) for token in ("<s>", "<image>", "<unk>", "<pad>", "</s>")]
     assert ours.decode(ids) == "" and ours.decode([]) == ""
     assert ours.decode([*ids, *ours.encode("Hello"), *ids]) == "Hello"
-    assert "".join(ours.stream([*ids, *ours.encode("Hello"), *ids])) == "Hello" and list(ours.stream(ids)) == []
+    assert (
+        "".join(turn.as_text(ours, [*ids, *ours.encode("Hello"), *ids])) == "Hello"
+        and list(turn.as_text(ours, ids)) == []
+    )
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text and "\ufffd" not in text], ids=ascii)
@@ -384,20 +388,20 @@ def test_text_comes_back_as_it_was(ours, text):
 @pytest.mark.parametrize("text", [text for text in TEXTS if "\ufffd" not in text], ids=ascii)
 def test_a_stream_adds_up_to_the_decoded_text(ours, text):
     ids = ours.encode(text)
-    pieces = list(ours.stream(iter(ids)))
+    pieces = list(turn.as_text(ours, iter(ids)))
     assert "".join(pieces) == ours.decode(ids)
     assert all(piece and "\ufffd" not in piece for piece in pieces)
 
 
 def test_a_stream_shows_each_character_when_its_last_byte_is_there(ours):
     ids = byte_ids(ours, "é猫🐈".encode())
-    stream = ours.stream(log := Logged(ids))
+    stream = turn.as_text(ours, log := Logged(ids))
     assert [(piece, log.taken) for piece in stream] == [("é", 2), ("猫", 5), ("🐈", 9)]
 
 
 def test_a_stream_shows_each_token_at_once(ours):
     ids = ours.encode("What is there in the picture? A cat, and two dogs.")
-    shown = [(piece, log.taken) for log in [Logged(ids)] for piece in ours.stream(log)]
+    shown = [(piece, log.taken) for log in [Logged(ids)] for piece in turn.as_text(ours, log)]
     assert [taken for _, taken in shown] == list(
         range(1 + len(ids) - len(shown), 1 + len(ids))
     )  # at most "▁" shows nothing
@@ -423,7 +427,7 @@ class Logged:
 def test_a_stream_of_random_ids_adds_up(ours, broken):
     for seed in range(broken, 200, 2):
         ids = random_ids(ours, seed)
-        text, pieces = ours.decode(ids), list(ours.stream(ids))
+        text, pieces = ours.decode(ids), list(turn.as_text(ours, ids))
         assert all(piece and "\ufffd" not in piece for piece in pieces), seed
         assert broken or "\ufffd" not in text
         if "\ufffd" not in text:
@@ -436,16 +440,16 @@ def test_a_stream_of_random_ids_adds_up(ours, broken):
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_stream_cut_inside_a_character_shows_what_is_whole(ours, cut):
     ids = ours.encode("Here: ") + byte_ids(ours, "猫🐈".encode()[:-cut])
-    assert "".join(ours.stream(ids)) == "Here: 猫"
+    assert "".join(turn.as_text(ours, ids)) == "Here: 猫"
 
 
 def test_a_stream_never_shows_a_broken_character(ours):
     words = ours.encode("cat")
     for broken in (b"\xff", b"\xe5", b"\xf0\x9f\x90", b"\x80\x80", b"\xe7\x8c"):
         ids = byte_ids(ours, broken)
-        assert "".join(ours.stream([*words, *ids, *words])) == "cat cat"
-        assert "".join(ours.stream([*words, *ids])) == "cat"
-        assert "".join(ours.stream([*words, *byte_ids(ours, "猫".encode()), *ids, *words])) == "cat猫 cat"
+        assert "".join(turn.as_text(ours, [*words, *ids, *words])) == "cat cat"
+        assert "".join(turn.as_text(ours, [*words, *ids])) == "cat"
+        assert "".join(turn.as_text(ours, [*words, *byte_ids(ours, "猫".encode()), *ids, *words])) == "cat猫 cat"
 
 
 def test_a_stream_is_lazy(ours):
@@ -453,4 +457,4 @@ def test_a_stream_is_lazy(ours):
         yield from ours.encode("Hello")
         raise RuntimeError("asked for more than was needed")
 
-    assert next(ours.stream(ids()))
+    assert next(turn.as_text(ours, ids()))

@@ -28,6 +28,7 @@ import llama
 import llava
 import vision
 import weights
+from extras import cli, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -142,7 +143,7 @@ def test_command(example):
     words = shlex.split(command)
     if words[:2] == ["python", "llava.py"] and "tiny" not in words:
         try:
-            options = llava.parse(words[2:])
+            options = cli.parse(words[2:])
         except SystemExit as error:
             raise AssertionError(f"llava.py does not take: {command}") from error
         assert options.model.startswith("llava-hf/") and (options.image or options.chat)
@@ -199,10 +200,10 @@ def test_options():
     """The README's section on options names none that llava.py has not, and the defaults that it has."""
     section = flat(text("README.md").split("\n## Options\n")[1].split("\n## ")[0])
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
-        llava.parse(["--help"])
+        cli.parse(["--help"])
     named = set(re.findall(r"--[a-z-]+", section))
     assert "--help" in named and named <= set(re.findall(r"--[a-z-]+", printed.getvalue()))
-    options = llava.parse([])
+    options = cli.parse([])
     for default in (options.prompt, options.model, str(options.max_new_tokens)):
         assert f"by default `{default}`" in section or f"by default {default}" in section
 
@@ -240,7 +241,7 @@ def published(name, folder):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 336}, "crop_size": crop}))
     with torch.device("meta"):
-        return llava.Llava(weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)[0])
+        return llava.Llava(weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig))
 
 
 def size(module):
@@ -265,7 +266,7 @@ def memory_row(name, folder):
 
 def quantized(model, scheme):
     """The bytes of a model whose language model is quantised, the rest in 16 bits."""
-    llama.replace_layers(model.llama, llama.QUANTIZED[scheme], torch.float16)
+    quantize.replace_layers(model.llama, quantize.QUANTIZED[scheme], torch.float16)
     return size(model) * 2 + sum(buffer.nbytes for buffer in model.buffers())
 
 
@@ -294,7 +295,7 @@ def figures(folder):
             "cache for 4,096 tokens",
             f"A picture is {seven.vision.grid**2} tokens",
             f"transformers {pins()['transformers']}",
-            f"by default {llava.parse([]).max_new_tokens}",
+            f"by default {cli.parse([]).max_new_tokens}",
             f"(the 7B is {size(seven) * 2 / 1e9:.1f} GB)",
             f"the 7B takes {short:.1f} GB with a picture and a short answer, and {full:.1f} GB with 4,096 tokens",
             "a GPU with 24 GB has room to spare, one with 16 GB has little",

@@ -9,6 +9,7 @@ from talkers import Screen, make_talker
 
 import llama
 import llava
+from extras import cli
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def main(capsys):
 
     def main(*arguments):
         try:
-            status = llava.main([str(argument) for argument in arguments])
+            status = cli.main([str(argument) for argument in arguments])
         except SystemExit as left:  # argparse leaves by itself
             status = left.code
         return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))

@@ -8,6 +8,7 @@ import torch
 from inputs import PROMPTS, alone, filled, rare_ends, reference_generate
 
 import llama
+from extras import beams
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +36,12 @@ def test_beam_search_finishes_hypotheses_as_the_reference_does(reference):
         beams, eos = 2 + trial % 3, [3, 4][: 1 + trial % 2]
         table = torch.randn(12, 12) * 3  # the logits after each token
         table[:, eos] += trial % 5 - 1
-        state = llama.init_beams(2, beams, 8, 11, "cpu")
+        state = beams.init_beams(2, beams, 8, 11, "cpu")
         rows = torch.tensor([1, 2]).repeat_interleave(beams)
         more = True
         while more:
-            rows, _, more = llama.beam_step(state, table[rows], eos)
-        ours = llama.best_beams(state)
+            rows, _, more = beams.beam_step(state, table[rows], eos)
+        ours = beams.best_beams(state)
         theirs = scripted(reference, table, [[1], [2]], eos, 8, beams)
         assert torch.equal(ours, theirs), trial
 
@@ -110,7 +111,7 @@ def test_more_ends_than_the_vocabulary_has_room_for(model):
 def test_a_forked_cache_holds_each_row_several_times_side_by_side():
     cache = filled()
     before = {name: tensor.clone() for name, tensor in cache.items()}
-    fork = llama.fork_cache(cache, copies=2, new=6)
+    fork = beams.fork_cache(cache, copies=2, new=6)
     assert set(fork) == set(cache) and int(fork["length"]) == 5 and fork["real"].shape == (6, 11)
     for name in cache:
         if name != "length":
@@ -123,7 +124,7 @@ def test_a_forked_cache_holds_each_row_several_times_side_by_side():
 
 
 def test_a_fork_without_new_positions_has_no_room():
-    fork = llama.fork_cache(filled(), copies=1, new=0)
+    fork = beams.fork_cache(filled(), copies=1, new=0)
     assert fork["real"].shape == (3, 5)
     with pytest.raises(ValueError, match="do not fit"):
         llama.check_room(fork, 1)

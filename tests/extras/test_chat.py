@@ -21,6 +21,7 @@ from reference import FEATURES, IMAGE, ROOT, TOKENIZER
 from talkers import EOS, make_brief_talker, make_talker
 
 import llava
+from extras import chat, cli
 
 ASKED = ["What is there?", "Which colour is it?", "And where?"]
 FORMS = {"llama": "USER: {} ASSISTANT:", "mistral": "USER: {}\nASSISTANT:"}
@@ -102,7 +103,7 @@ def talk(monkeypatch, capsys):
         typed = typed if isinstance(typed, bytes) else "".join(line + "\n" for line in typed).encode()
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
-            status = llava.main(["--chat", *map(str, options)])
+            status = cli.main(["--chat", *map(str, options)])
         out, err = capsys.readouterr()
         return SimpleNamespace(status=status, out=out, err=err, errors=re.findall("^error: .*$", err, re.M))
 
@@ -132,7 +133,7 @@ def without_end(ids):
 def cold(talker, ids, images, **settings):
     """The answer of a model that reads the whole conversation at once."""
     model, processor = talker
-    inputs = processor.inputs([ids], images, None)
+    inputs = processor.prepare([ids], images, None)
     generate = type(model).generate
     return generate(model, **inputs, **settings)[0].tolist()
 
@@ -214,7 +215,7 @@ def test_pictures_that_are_none(talk, talker, log, pictures, tmp_path):
 @pytest.mark.parametrize("opening", ["authors", "Be brief."])
 def test_a_system_sentence_stands_once_in_front(talk, talker, log, family, pictures, opening):
     talk(ASKED[:2], "--image", pictures[0], "--system", opening, "--max-new-tokens", 8)
-    sentence = llava.AUTHORS_SYSTEM if opening == "authors" else opening
+    sentence = cli.AUTHORS_SYSTEM if opening == "authors" else opening
     whole = form(family, [(1, ASKED[0]), (0, ASKED[1])], log.answers[:1], opening=sentence + " ")
     read = [token for ids in log.passes for token in ids]
     assert read[: len(whole)] == whole
@@ -245,7 +246,7 @@ def test_an_id_without_a_token_has_no_string(talkers):
     and a conversation may hold one even so.
     """
     _, processor = talkers["llama"]
-    assert processor.written([*TOKENIZER.encode("Hi").ids[1:], 31999, EOS]).endswith("Hi</s>")
+    assert processor.as_text([*TOKENIZER.encode("Hi").ids[1:], 31999, EOS]).endswith("Hi</s>")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk(talker, log, family, picture
 
     monkeypatch.setattr(llava, "read_line", read_line)
     monkeypatch.setattr(sys, "stdout", screen)
-    assert llava.main(["--chat", "--max-new-tokens", "8"]) == 0
+    assert cli.main(["--chat", "--max-new-tokens", "8"]) == 0
     assert happens.left <= 0, "it happened"
     answers = [ids[:] for ids in log.answers]
     assert len(answers) == turn + 3 and len(answers[turn]) == drawn
@@ -383,7 +384,7 @@ def test_ctrl_c_at_the_prompt_is_not_the_end(monkeypatch, capsys):
 
     monkeypatch.setattr("builtins.input", line)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    assert [llava.read_line(), llava.read_line()] == ["Hello", None]
+    assert [chat.read_line(), chat.read_line()] == ["Hello", None]
     assert capsys.readouterr() == ("", "\n\n")  # the cursor goes to a new line
 
 

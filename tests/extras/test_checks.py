@@ -24,10 +24,10 @@ from pictures import EXTENSIONS, claimed_png, encoded, picture, pixels, refused
 from PIL import Image, PngImagePlugin
 from reference import ROOT, TINY, make_checkpoint
 
-import llama
 import llava
 import vision
 import weights
+from extras import checks
 
 # ----------------------------------------------------------------------------------------------------------------
 # Pictures: files of all kinds
@@ -39,7 +39,7 @@ def test_of_several_frames_the_first_is_used_and_said_so(tmp_path, kind):
     file = tmp_path / f"frames.{EXTENSIONS[kind]}"
     frames[0].save(file, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
     with pytest.warns(UserWarning, match=r"frames\.\w+ holds several pictures; only the first one is used") as said:
-        opened = vision.open_image(file)
+        opened = checks.open_image(file)
     assert len(said) == 1 and said[0].filename == __file__
     assert (pixels(opened) == pixels(frames[0])).all()
 
@@ -51,7 +51,7 @@ def test_a_single_picture_is_opened_without_a_word(tmp_path, kind):
     image.save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opened = vision.open_image(file)
+        opened = checks.open_image(file)
     assert opened.mode == "RGB" and opened.size == (20, 10)
     assert kind == "JPEG" or (pixels(opened) == pixels(image)).all()
 
@@ -61,7 +61,7 @@ def test_the_previews_in_a_cameras_file_are_not_mentioned():
     data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert vision.open_image(io.BytesIO(data)).size == (20, 10)
+        assert checks.open_image(io.BytesIO(data)).size == (20, 10)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "MPO"])
@@ -72,7 +72,7 @@ def test_a_file_is_closed_again(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(
         "builtins.open", lambda *args, **options: files.append(really_open(*args, **options)) or files[-1]
     )
-    vision.open_image(tmp_path / "frames")
+    checks.open_image(tmp_path / "frames")
     monkeypatch.undo()
     assert files and all(file.closed for file in files)
 
@@ -96,11 +96,11 @@ class Pipe(io.RawIOBase):
 def test_a_binary_file_object_is_read(tmp_path, kind):
     data = encoded(picture(20, 10).quantize(16).convert("RGB"), kind)
     (tmp_path / "picture").write_bytes(data)
-    expected = vision.open_image(tmp_path / "picture").tobytes()
-    assert vision.open_image(io.BytesIO(data)).tobytes() == expected
-    assert vision.open_image(io.BufferedReader(Pipe(data))).tobytes() == expected
+    expected = checks.open_image(tmp_path / "picture").tobytes()
+    assert checks.open_image(io.BytesIO(data)).tobytes() == expected
+    assert checks.open_image(io.BufferedReader(Pipe(data))).tobytes() == expected
     with open(tmp_path / "picture", "rb") as file:
-        assert vision.open_image(file).tobytes() == expected
+        assert checks.open_image(file).tobytes() == expected
         assert not file.closed
 
 
@@ -111,7 +111,7 @@ def test_a_named_pipe_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
     writer.start()
-    assert pixels(vision.open_image(tmp_path / "pipe")).tolist() == pixels(picture(20, 10)).tolist()
+    assert pixels(checks.open_image(tmp_path / "pipe")).tolist() == pixels(picture(20, 10)).tolist()
     writer.join(20)
 
 
@@ -146,7 +146,7 @@ def test_a_file_cut_short_is_refused(tmp_path, kind, percent):
     data = encoded(picture(64, 48), kind.split()[-1], **options)
     file = tmp_path / "short.img"
     file.write_bytes(data)
-    assert vision.open_image(file).size == (64, 48)
+    assert checks.open_image(file).size == (64, 48)
     file.write_bytes(data[: len(data) * percent // 100])
     refused(file, str(file), kind=ValueError)
     refused(io.BytesIO(file.read_bytes()), "standard input", kind=ValueError)
@@ -176,10 +176,10 @@ def test_a_file_cut_anywhere_is_refused_or_the_same_picture(kind):
     outcomes = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        whole = vision.open_image(io.BytesIO(data)).tobytes()
+        whole = checks.open_image(io.BytesIO(data)).tobytes()
         for length in range(len(data)):
             try:
-                outcomes.append(vision.open_image(io.BytesIO(data[:length])).tobytes() == whole)
+                outcomes.append(checks.open_image(io.BytesIO(data[:length])).tobytes() == whole)
             except ValueError:
                 outcomes.append(None)
     assert False not in outcomes and outcomes[: len(data) // 3] == [None] * (len(data) // 3)
@@ -199,7 +199,7 @@ def test_damaged_bytes_give_a_picture_or_one_sentence(kind):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                vision.open_image(io.BytesIO(bytes(data)))
+                checks.open_image(io.BytesIO(bytes(data)))
         except (ValueError, OSError):
             refused(io.BytesIO(bytes(data)), "standard input", kind=ValueError)
             refusals += 1
@@ -239,7 +239,7 @@ def test_nothing_is_fetched_for_a_picture(monkeypatch):
         "s3://x/y.png",
     ):
         with pytest.raises((ValueError, OSError)):
-            vision.open_image(address)
+            checks.open_image(address)
 
 
 @pytest.mark.parametrize("size", [(60000, 60000), (10000, 9999), (89478486, 1)], ids=str)
@@ -264,7 +264,7 @@ def test_a_chain_of_many_pages_takes_no_time(tmp_path):
         whole += page + struct.pack("<I", base + (len(page) + 4) * (i + 1) if i < pages - 1 else 0)
     (tmp_path / "chain.tif").write_bytes(whole)
     with pytest.warns(UserWarning, match="several pictures"):
-        image, calls = effort(vision.open_image, tmp_path / "chain.tif")
+        image, calls = effort(checks.open_image, tmp_path / "chain.tif")
     assert image.size == (1, 1) and calls < pages  # to look at each would be many calls a page
 
 
@@ -276,7 +276,7 @@ def test_memory_that_runs_out_is_not_called_a_damaged_picture(tmp_path, monkeypa
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", full)
     with pytest.raises(MemoryError):
-        vision.open_image(tmp_path / "picture.png")
+        checks.open_image(tmp_path / "picture.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path):
     for name, content in [("tokenizer.json", "{}"), ("other.json", "not json")]:
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name} cannot be read as a tokenizer"):
-            llama.Tokenizer(tmp_path / name)
+            checks.Tokenizer(tmp_path / name)
 
 
 LATE = {  # what the library takes when it reads the file, and trips over when something is encoded
@@ -309,11 +309,11 @@ def test_a_tokenizer_that_fails_late_is_refused_at_once(tmp_path, kind, capfd):
         values[name] = values[name] | change if name == "model" else change
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
-        llama.Tokenizer(tmp_path / "tokenizer.json")
+        checks.Tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_half_a_character_is_refused():
-    tokenizer = llama.Tokenizer(TINY / "tokenizer.json")
+    tokenizer = checks.Tokenizer(TINY / "tokenizer.json")
     for text in ("a\udcffb", "\ud83d"):
         with pytest.raises(ValueError, match="holds half a character"):
             tokenizer.encode(text)
@@ -333,15 +333,15 @@ def test_half_a_character_is_refused():
 def test_a_tokenizer_that_fails_on_one_text_alone_is_named(tmp_path, text, change):
     values = json.loads((TINY / "tokenizer.json").read_text()) | change
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    tokenizer = llama.Tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = checks.Tokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
         tokenizer.decode(tokenizer.encode(text))
 
 
 def test_ctrl_c_while_a_tokenizer_is_read_is_not_its_fault(monkeypatch):
-    monkeypatch.setattr(llama.Tokenizer, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checks.Tokenizer, "encode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        llama.Tokenizer(TINY / "tokenizer.json")
+        checks.Tokenizer(TINY / "tokenizer.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -567,7 +567,7 @@ def test_any_damage_gives_a_picture_or_one_sentence(files, data, kind, way):
         content = content or bytearray(b"\0")
     if way == "join":
         content += files[data.draw(st.sampled_from([*EXTENSIONS]))]
-    image = tried(vision.open_image, io.BytesIO(bytes(content)))
+    image = tried(checks.open_image, io.BytesIO(bytes(content)))
     assert image is None or (image.mode == "RGB" and image.width * image.height <= vision.MAX_PIXELS)
 
 
@@ -575,7 +575,7 @@ def test_any_damage_gives_a_picture_or_one_sentence(files, data, kind, way):
 @given(st.binary(max_size=200), st.sampled_from(["", *EXTENSIONS]))
 def test_any_bytes_are_a_picture_or_refused(files, content, kind):
     start = files[kind][: len(content) // 2] if kind else b""
-    image = tried(vision.open_image, io.BytesIO(start + content))
+    image = tried(checks.open_image, io.BytesIO(start + content))
     assert image is None or image.mode == "RGB"
 
 
@@ -608,15 +608,16 @@ def folder(checkpoint, tmp_path):
 def test_any_index_names_files_of_its_folder_or_is_refused(folder, index):
     (folder / weights.SINGLE).unlink(missing_ok=True)
     (folder / weights.INDEX).write_text(json.dumps(index), encoding="utf-8")
-    for file in tried(weights.shards, folder) or []:
+    for file in tried(checks.shards, folder) or []:
         assert file.parent == folder and re.fullmatch(r"[\w-][\w.-]*\.safetensors", file.name)
         assert file.resolve().parent == folder.resolve()
 
 
 def run(folder):
     """Everything that a config decides: sizes, the form of the prompt, pixels and, of a small model, an answer."""
-    config, preprocess = weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)
-    processor = llava.Processor(llama.Tokenizer(TINY / "tokenizer.json"), preprocess, config)
+    checks.checkpoint(folder)
+    config, preprocess = configs(folder)
+    processor = llava.Processor(checks.Tokenizer(TINY / "tokenizer.json"), preprocess, config)
     inputs = processor.chat([("user", "Hi")], [Image.new("RGB", (30, 20))], pad=True)
     with torch.device("meta"):
         model = llava.Llava(config)
@@ -669,7 +670,7 @@ def test_any_header_is_read_or_refused(folder, checkpoint, data, way):
         text = json.dumps(entries).encode()
         content[: 8 + length] = struct.pack("<Q", len(text)) + text
     file.write_bytes(content)
-    config = weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)[0]
+    config, _ = configs(folder)
     with torch.device("meta"):
         model = llava.Llava(config)
     found = tried(weights.scan, model, folder)

@@ -28,6 +28,7 @@ import llama
 import llava
 import vision
 import weights
+from extras import chat, cli
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
     say(monkeypatch, byte_ids("café"))
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    assert llava.main(["--model", str(folder), "--device", "cpu"]) == 0
+    assert cli.main(["--model", str(folder), "--device", "cpu"]) == 0
     assert written.getvalue() == b"caf?\n"
 
 
@@ -154,7 +155,7 @@ def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
 
 
 def test_defaults():
-    assert vars(llava.parse([])) == {
+    assert vars(cli.parse([])) == {
         "image": [], "prompt": "Describe the image.", "model": "llava-hf/llava-1.5-7b-hf", "revision": None,
         "device": "auto",
         "dtype": "auto", "quantize": None, "compile": False, "max_new_tokens": 512, "temperature": 0.0, "top_p": 1.0,
@@ -189,7 +190,7 @@ def test_the_answer_s_line_ends_before_the_cost(monkeypatch, options):
     monkeypatch.setattr(sys, "stdout", both)
     monkeypatch.setattr(sys, "stderr", both)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
-    assert llava.main(["--model", "tiny", "--device", "cpu", "--prompt", "Hi", "--max-new-tokens", "3", *options]) == 0
+    assert cli.main(["--model", "tiny", "--device", "cpu", "--prompt", "Hi", "--max-new-tokens", "3", *options]) == 0
     assert re.search(r"^prefill \d+ ms, ", both.getvalue(), re.M), both.getvalue()
 
 
@@ -385,7 +386,7 @@ def test_choices_take_the_other_options(main, pairs, monkeypatch, pictures):
         return found.err, torch.tensor([float(line.split("\t")[0]) for line in found.out.splitlines()])
 
     plain, padded, authors = (choose(*more)[1] for more in ([], ["--pad"], ["--system", "authors"]))
-    right = likelihoods(model, processor, pictures[:1], [("system", llava.AUTHORS_SYSTEM)], CHOICES).softmax(0).float()
+    right = likelihoods(model, processor, pictures[:1], [("system", cli.AUTHORS_SYSTEM)], CHOICES).softmax(0).float()
     torch.testing.assert_close(authors, right, rtol=0, atol=1e-4)
     assert not torch.equal(plain, padded) and not torch.equal(plain, authors)
     err, again = choose("--show-prompt")
@@ -576,7 +577,7 @@ def test_a_system_without_readline(monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: "Hello")
     monkeypatch.setattr(sys, "stdin", terminal)
     monkeypatch.setattr(sys, "stdout", terminal)
-    assert llava.read_line() == "Hello"
+    assert chat.read_line() == "Hello"
 
 
 def test_what_comes_from_outside_does_not_speak_to_the_terminal(tmp_path, folder, main):

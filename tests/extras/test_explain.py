@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 from reference import ROOT, TINY, make_checkpoint
 
-import explain
-import lens
 import llava
-import vision
+from extras import cli, explain, lens
 
 SCENE = TINY / "scene.png"
 
@@ -34,7 +32,7 @@ def main(capsys):
 
     def main(*arguments):
         try:
-            status = llava.main(["--device", "cpu", *map(str, arguments)])
+            status = cli.main(["--device", "cpu", *map(str, arguments)])
         except SystemExit as left:  # argparse leaves by itself
             status = left.code
         return SimpleNamespace(status=status, **dict(zip(("out", "err"), capsys.readouterr(), strict=True)))
@@ -482,4 +480,4 @@ def test_the_template_fetches_nothing():
     text = explain.TEMPLATE.read_text()
     assert set(re.findall(r"\w+://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"} and "import" not in text
     assert "src=" not in re.sub(r"<script.*", "", text, flags=re.S)
-    assert vision.patch_boxes.__doc__  # the map that the page stands on is the one beside preprocess
+    assert lens.patch_boxes.__doc__  # the map that the page stands on is the one beside preprocess

@@ -1,15 +1,15 @@
-"""notebooks/own_data.py: a folder of pictures and questions becomes a checkpoint that answers them."""
+"""notebooks/finetune.py: a folder of pictures and questions becomes a checkpoint that answers them."""
 
 import json
 import sys
 
-import own_data
 import pytest
 import torch
 from PIL import Image, ImageDraw
 from reference import ROOT, TINY
 
 import llava
+from extras import finetune
 
 sys.path.append(str(TINY))
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("way", [["--rate", "5e-3"], ["--lora", "4", "--rate", "1e-2"]], ids=["projector", "lora"])
 def test_it_learns_saves_and_loads(folder, tmp_path, capsys, way):
     out = tmp_path / "mine"
-    assert own_data.main([str(folder), "--out", str(out), "--epochs", "20", "--device", "cpu", *way]) == 0, (
+    assert finetune.main([str(folder), "--out", str(out), "--epochs", "20", "--device", "cpu", *way]) == 0, (
         capsys.readouterr()
     )
     losses = [float(x) for x in capsys.readouterr().out.replace(",", "").split() if x.replace(".", "").isdigit()]
@@ -65,7 +65,7 @@ def test_lora_begins_as_nothing_and_merges_to_the_same():
     model, _ = llava.load("tiny", device="cpu", dtype=torch.float64)
     ids = torch.tensor([[1, 5, 6, 7]])
     plain, names = model(ids).logits.detach(), set(model.state_dict())
-    parameters = own_data.lora(model, 2)
+    parameters = finetune.lora(model, 2)
     assert len(parameters) == 2 * 2 * len(model.llama.blocks)
     assert torch.equal(model(ids).logits, plain)
     torch.manual_seed(0)
@@ -73,15 +73,15 @@ def test_lora_begins_as_nothing_and_merges_to_the_same():
         for parameter in parameters:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     changed = model(ids).logits.detach()
-    own_data.merge_lora(model)
+    finetune.merge_lora(model)
     assert torch.allclose(model(ids).logits, changed, atol=1e-9) and not torch.allclose(changed, plain, atol=1e-3)
     assert set(model.state_dict()) == names
 
 
 def test_only_the_answer_counts(folder):
     _, processor = llava.load("tiny", device="cpu")
-    rows = [*own_data.read_questions(folder)[:2], (folder / "2.png", "Is it a much longer question?", "no")]
-    made = own_data.batch(processor, rows)
+    rows = [*finetune.read_questions(folder)[:2], (folder / "2.png", "Is it a much longer question?", "no")]
+    made = finetune.batch(processor, rows)
     for ids, labels, (_, _, answer) in zip(made["input_ids"], made["labels"], rows, strict=True):
         counted = ids[labels != -100]
         assert torch.equal(counted, labels[labels != -100]) and counted[-1] == processor.eos_id
@@ -109,7 +109,7 @@ def test_only_the_answer_counts(folder):
 def test_a_wrong_file_is_one_sentence(tmp_path, capsys, lines, said):
     if lines is not None:
         (tmp_path / "questions.jsonl").write_text(lines)
-    assert own_data.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert finetune.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -122,14 +122,14 @@ def test_options_and_lengths_that_would_ruin_the_model_are_refused(folder, tmp_p
         ([str(folder), "--rate", "0"], "--rate is above 0"),
         ([str(tmp_path)], "is not text in UTF-8"),
     ):
-        assert own_data.main([*arguments, "--out", str(tmp_path / "out"), "--epochs", "1"]) == 2
+        assert finetune.main([*arguments, "--out", str(tmp_path / "out"), "--epochs", "1"]) == 2
         assert said in capsys.readouterr().err
     rows = [(folder / "0.png", "word " * 600, "yes")] * 5
     with pytest.raises(ValueError, match="is too long: the model has 512 positions"):
-        own_data.train(*llava.load("tiny", device="cpu"), rows)
+        finetune.train(*llava.load("tiny", device="cpu"), rows)
 
 
 def test_nothing_is_overwritten(folder, tmp_path, capsys):
-    assert own_data.main([str(folder), "--out", str(tmp_path)]) == 2
-    assert "is there already" in capsys.readouterr().err and (ROOT / "notebooks" / "own_data.py").exists()
-    assert own_data.main([str(folder), "--out", str(tmp_path / "new"), "--epochs", "0"]) == 2
+    assert finetune.main([str(folder), "--out", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err and (ROOT / "notebooks" / "finetune.py").exists()
+    assert finetune.main([str(folder), "--out", str(tmp_path / "new"), "--epochs", "0"]) == 2

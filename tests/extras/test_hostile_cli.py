@@ -30,6 +30,7 @@ from PIL import Image
 from reference import ROOT, TINY, make_checkpoint
 
 import llava
+from extras import cli
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "memfd_create"), reason="each case runs in a fork, and its streams are of Linux"
@@ -440,7 +441,7 @@ def test_the_same_seed_in_two_processes(capsys):
     )
     said = []
     for _ in range(2):
-        assert llava.main(["--model", "tiny", "--device", "cpu", *arguments]) == 0
+        assert cli.main(["--model", "tiny", "--device", "cpu", *arguments]) == 0
         said.append(capsys.readouterr().out)
     assert said == [other.stdout.decode()] * 2 and len(said[0]) > 10
 
@@ -474,7 +475,7 @@ def test_any_argument_is_text(argument):
     """The shell's bytes that are no characters come as lone surrogates,
     which have no UTF-8 form; what is left of them has.
     """
-    readable = llava.readable(argument)
+    readable = cli.readable(argument)
     assert readable.encode().decode() == readable
     assert readable == argument or any("\udc80" <= letter <= "\udcff" for letter in argument)
 
@@ -482,7 +483,7 @@ def test_any_argument_is_text(argument):
 @examples(300)
 @given(st.text(st.characters(exclude_categories=()), max_size=3000))
 def test_any_message_is_one_short_line(message):
-    for said in (llava.line(message), llava.line(OSError(2, message[:50], message))):
+    for said in (cli.one_line(message), cli.one_line(OSError(2, message[:50], message))):
         assert said.isprintable() and len(said) <= 1000 and len(said.splitlines()) <= 1
 
 
@@ -491,11 +492,11 @@ def test_any_message_is_one_short_line(message):
 def test_any_prompt_and_any_talk_are_answered(base, capsys, words, lines):
     """At the command line: exit status 0, or 2 and one line for a prompt that is too long."""
     arguments = ["--model", str(base), "--device", "cpu", "--max-new-tokens", "1"]
-    assert llava.main([*arguments, f"--prompt={words}"]) == 0
+    assert cli.main([*arguments, f"--prompt={words}"]) == 0
     typed = "".join(line + "\n" for line in lines).encode()
     stdin, sys.stdin = sys.stdin, io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8")
     try:
-        assert llava.main([*arguments, "--chat"]) == 0
+        assert cli.main([*arguments, "--chat"]) == 0
     finally:
         sys.stdin = stdin
     out, err = capsys.readouterr()

@@ -23,6 +23,7 @@ from reference import ROOT, TINY
 
 import llava
 import weights
+from extras import hub
 
 # ----------------------------------------------------------------------------------------------------------------
 # Names that are no repositories
@@ -30,7 +31,7 @@ import weights
 
 def test_tiny_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert weights.find("tiny") == TINY
+    assert hub.find("tiny") == TINY
 
 
 NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
@@ -194,7 +195,7 @@ import llava, weights
 assert "huggingface_hub" not in sys.modules
 
 def find(model, revision):
-    return str(weights.find(model, revision))
+    return str(hub.find(model, revision))
 
 def both(model, revision):  # two processes at once
     child = os.fork()
@@ -417,7 +418,7 @@ def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, mon
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", silent)
     monkeypatch.setattr(weights, "fetch", lambda *_: None)
     with pytest.raises(OSError, match=r"a/b holds no model\.safetensors"):
-        weights.find("a/b")
+        hub.find("a/b")
 
 
 def test_a_page_where_the_hub_should_be(monkeypatch):
@@ -425,7 +426,7 @@ def test_a_page_where_the_hub_should_be(monkeypatch):
     with pytest.raises(
         OSError, match="a/b cannot be had, as what answers is not the Hub: give a folder, or --model tiny"
     ):
-        weights.find("a/b")
+        hub.find("a/b")
 
 
 LARGE = {

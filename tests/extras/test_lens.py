@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from reference import TINY
 
-import lens
 import llama
 import llava
 import vision
+from extras import checks, lens
 
 # ----------------------------------------------------------------------------------------------------------------
 # The way back to the photo
@@ -22,7 +22,7 @@ import vision
 def test_the_way_back_from_a_patch_to_the_photo(size, pad):
     """Whiten a box on a black photo, and it is that patch which turns white, whatever crop or margin lies between."""
     config, grid = vision.PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), 7
-    boxes = vision.patch_boxes(*size, grid, config, pad)
+    boxes = lens.patch_boxes(*size, grid, config, pad)
     assert boxes.shape == (grid**2, 4)
     seen = 0
     for patch in range(grid**2):
@@ -42,8 +42,8 @@ def test_the_way_back_from_a_patch_to_the_photo(size, pad):
 
 def test_the_kept_part_and_the_margin_of_the_photo():
     config = vision.PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    assert vision.patch_boxes(112, 224, 7, config)[[0, -1]].tolist() == [[0, 56, 16, 72], [96, 152, 112, 168]]
-    assert vision.patch_boxes(112, 224, 7, config, pad=True)[[0, -1]].tolist() == [
+    assert lens.patch_boxes(112, 224, 7, config)[[0, -1]].tolist() == [[0, 56, 16, 72], [96, 152, 112, 168]]
+    assert lens.patch_boxes(112, 224, 7, config, pad=True)[[0, -1]].tolist() == [
         [-56, 0, -24, 32],
         [136, 192, 168, 224],
     ]
@@ -56,7 +56,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def scene():
-    return vision.open_image(TINY / "scene.png")
+    return checks.open_image(TINY / "scene.png")
 
 
 def asked(processor, scene, question=parity.QUESTION):
@@ -186,7 +186,7 @@ def test_heat_lies_where_the_patches_are(scene):
     _, axes = plt.subplots()
     config = vision.PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     wide = scene.resize((448, 224))
-    lens.heat(axes, wide, torch.arange(49), vision.patch_boxes(448, 224, 7, config), "title")
+    lens.heat(axes, wide, torch.arange(49), lens.patch_boxes(448, 224, 7, config), "title")
     heat = axes.images[1]
     assert heat.get_extent() == [112, 336, 224, 0] and heat.get_array()[0, 0] == 0 and heat.get_array()[6, 6] == 48
     plt.close("all")

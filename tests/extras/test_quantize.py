@@ -5,25 +5,25 @@ import torch
 import torch.nn.functional as F
 from reference import TINY
 
-import llama
 import llava
 import weights
+from extras import quantize
 
-SCHEMES = list(llama.QUANTIZED)
+SCHEMES = list(quantize.QUANTIZED)
 
 
 def quantized(scheme, weight, dtype=torch.float32):
     """A quantised layer that holds the given matrix."""
     outputs, inputs = weight.shape
     with torch.device("meta"):
-        layer = llama.QUANTIZED[scheme](inputs, outputs, dtype)
-    layer.keep(weight, "cpu")
+        layer = quantize.QUANTIZED[scheme](inputs, outputs, dtype)
+    layer.take_weight(weight, "cpu")
     return layer
 
 
 def written_out(layer, dtype):
     """The matrix that a quantised layer stands for, by its definition, one number at a time."""
-    if isinstance(layer, llama.Int8Linear):
+    if isinstance(layer, quantize.Int8Linear):
         q = layer.q.to_dense().T if layer.q.is_mkldnn else layer.q
         return q.to(dtype) * layer.scale.to(dtype)[:, None]
     rows = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
@@ -50,7 +50,7 @@ def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape)
 
 def plain_twin(layer, matrix):
     """The same layer, but one that has not laid its numbers out for a kernel."""
-    twin = quantized({llama.Int8Linear: "int8", llama.Int4Linear: "int4"}[type(layer)], matrix)
+    twin = quantized({quantize.Int8Linear: "int8", quantize.Int4Linear: "int4"}[type(layer)], matrix)
     assert not twin.most
     return twin
 
@@ -118,7 +118,7 @@ def test_an_equal_share_of_bytes():
     size = 4096 * 11008
     for scheme, expected in (("int8", size + 2 * 11008), ("int4", size // 2 + size // 64 * 4)):
         with torch.device("meta"):
-            layer = llama.QUANTIZED[scheme](4096, 11008, torch.bfloat16)
+            layer = quantize.QUANTIZED[scheme](4096, 11008, torch.bfloat16)
         assert sum(buffer.nbytes for buffer in layer.buffers()) == expected
 
 
@@ -165,7 +165,7 @@ def test_what_a_quantised_model_cannot_do_is_said(scheme, tmp_path):
 
 
 packs = pytest.mark.skipif(
-    not llama.PackedLinear.works(torch.bfloat16), reason="this processor does not multiply bfloat16"
+    not quantize.PackedLinear.works(torch.bfloat16), reason="this processor does not multiply bfloat16"
 )
 
 
@@ -173,8 +173,8 @@ packs = pytest.mark.skipif(
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_layer_is_the_linear_layer(bias):
     linear = torch.nn.Linear(96, 80, bias=bias, dtype=torch.bfloat16)
-    layer = llama.PackedLinear(96, 80, torch.bfloat16, bias)
-    layer.keep(linear.weight.detach(), torch.device("cpu"))
+    layer = quantize.PackedLinear(96, 80, torch.bfloat16, bias)
+    layer.take_weight(linear.weight.detach(), torch.device("cpu"))
     layer.bias = linear.bias
     x = torch.randn(3, 5, 96).bfloat16()
     torch.testing.assert_close(layer(x[:, -1:]), layer(x)[:, -1:])  # not side by side in memory
@@ -192,12 +192,12 @@ def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answe
         model, _ = llava.load(str(checkpoints[family]), **settings)
     kept = dict(plain.named_modules())
     for name, layer in model.named_modules():
-        assert isinstance(layer, llama.PackedLinear) == isinstance(kept[name], torch.nn.Linear), name
-        if isinstance(layer, llama.PackedLinear):
+        assert isinstance(layer, quantize.PackedLinear) == isinstance(kept[name], torch.nn.Linear), name
+        if isinstance(layer, quantize.PackedLinear):
             assert torch.equal(layer.w.to_dense(), kept[name].weight)
             assert layer.bias is kept[name].bias is None or torch.equal(layer.bias, kept[name].bias)
     picture = torch.rand(1, 3, plain.config.vision_config.image_size, plain.config.vision_config.image_size)
-    inputs = [*processor.tokenizer.start, plain.config.image_token_index, 9, 10]
+    inputs = [*processor.tokenizer.bos, plain.config.image_token_index, 9, 10]
     inputs = {"input_ids": torch.tensor([inputs]), "pixel_values": picture}
     with torch.no_grad():
         a, b = model(**inputs).logits.float(), plain(**inputs).logits.float()
@@ -226,9 +226,9 @@ def test_inference_mode_in_float32_and_without_the_product_is_plain(checkpoints,
     folder = str(checkpoints["llama"])
     with torch.inference_mode():
         wide, _ = llava.load(folder, device="cpu", dtype="float32")
-        monkeypatch.setattr(llama.PackedLinear, "works", staticmethod(lambda dtype: False))
+        monkeypatch.setattr(quantize.PackedLinear, "works", staticmethod(lambda dtype: False))
         plain, _ = llava.load(folder, device="cpu", dtype="bfloat16")
-    assert not any(isinstance(layer, llama.PackedLinear) for model in (wide, plain) for layer in model.modules())
+    assert not any(isinstance(layer, quantize.PackedLinear) for model in (wide, plain) for layer in model.modules())
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_tiny_answers_alike_in_eight_bits():
 def test_the_memory_is_counted_as_it_will_be():
     with torch.device("meta"):
         model = llava.Llava(llava.LlavaConfig())
-    llama.replace_layers(model.llama, llama.QUANTIZED["int4"], torch.bfloat16)
+    quantize.replace_layers(model.llama, quantize.QUANTIZED["int4"], torch.bfloat16)
     assert weights.is_tied(model) is False
     layers = sum(buffer.nbytes for buffer in model.buffers())
     assert 0.55 < layers / (7e9 - 0.5e9) < 0.58  # bytes for each parameter of the language model's layers

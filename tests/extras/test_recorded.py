@@ -9,18 +9,19 @@ import torch.nn.functional as F
 
 import llama
 import llava
+from extras import recorded
 
 
 def recorded(model, run=None):
     """A model whose step looks through a window, with the plain function in the place of the compiled one."""
-    step = llava.RecordedStep.__new__(llava.RecordedStep)
+    step = recorded.RecordedStep.__new__(recorded.RecordedStep)
     step.plain, step.run = model.step, run or model.llama.run
     return step
 
 
 @pytest.mark.parametrize("window", [1, 4, 16, 1000])
 def test_a_step_through_a_window_is_the_plain_step(model, processor, monkeypatch, window):
-    monkeypatch.setattr(llava.RecordedStep, "WINDOW", window)
+    monkeypatch.setattr(recorded.RecordedStep, "WINDOW", window)
     inputs = processor(["USER: hello ASSISTANT:", "USER: how are you today? ASSISTANT:"])
     expected = model.generate(**inputs, max_new_tokens=20)
     shapes = set()
@@ -81,4 +82,4 @@ def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch):
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
         llava.load("tiny", device="cpu", compile=True)
     with pytest.raises(ValueError, match="not on mps"):
-        llava.check_compiler(torch.device("mps"))
+        recorded.check_compiler(torch.device("mps"))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import llava
 import weights
+from extras import saving
 
 try:
     import resource
@@ -29,7 +30,7 @@ def test_a_checkpoint_is_not_saved_over_a_file(pair, tmp_path):
 @pytest.mark.parametrize("shard_size", [5_000_000_000, 60_000])
 def test_what_was_saved_loads_again_here_and_in_transformers(pair, shard_size, tmp_path, monkeypatch):
     ours, processor, reference = pair
-    monkeypatch.setattr(weights.write, "__defaults__", (shard_size,))
+    monkeypatch.setattr(saving.write, "__defaults__", (shard_size,))
     llava.save(ours, processor, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) == 1) == (shard_size > 10**9)
@@ -57,7 +58,7 @@ def test_what_was_saved_loads_again_here_and_in_transformers(pair, shard_size, t
 def test_saving_over_another_checkpoint_leaves_nothing_of_it(pairs, tmp_path, monkeypatch):
     for family, shard_size in [("llama", 60_000), ("mistral", 10**9), ("llama", 90_000), ("mistral", 60_000)]:
         ours, processor, _ = pairs[family]
-        monkeypatch.setattr(weights.write, "__defaults__", (shard_size,))
+        monkeypatch.setattr(saving.write, "__defaults__", (shard_size,))
         llava.save(ours, processor, tmp_path)
         index = tmp_path / "model.safetensors.index.json"
         named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
@@ -82,7 +83,7 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(saved, room, shard_size, 
     folder, before, (model, processor) = saved
     if shard_size == 60_000 and room == 200_000:
         room = 50_000  # some of the shards fit
-    monkeypatch.setattr(weights.write, "__defaults__", (shard_size,))
+    monkeypatch.setattr(saving.write, "__defaults__", (shard_size,))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:

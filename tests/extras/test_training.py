@@ -208,6 +208,7 @@ def drawn(family, whose):
         torch.manual_seed(100 * seed + (whose == "ours"))
         if whose == "ours":
             model, rename = llava.Llava(ours_of(config)), str
+            model.init_weights()
         else:
             model, rename = LlavaForConditionalGeneration(config), weights.our_name
         for name, parameter in model.named_parameters():
@@ -287,7 +288,9 @@ def narrow(tied=False, vocabulary=256):
     config = reference_config(
         "llama", text=text, tie_word_embeddings=tied, image_token_index=vocabulary - 1, pad_token_id=0
     )
-    return config, llava.Llava(ours_of(config))
+    model = llava.Llava(ours_of(config))
+    model.init_weights()
+    return config, model
 
 
 @pytest.mark.parametrize("tied", [False, True])

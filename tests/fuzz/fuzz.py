@@ -24,7 +24,7 @@ import atheris
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
-with atheris.instrument_imports(include=["PIL", "vision", "llama", "weights", "llava"]):
+with atheris.instrument_imports(include=["PIL", "vision", "llama", "weights", "llava", "extras"]):
     import torch
     from PIL import Image
 
@@ -32,6 +32,7 @@ with atheris.instrument_imports(include=["PIL", "vision", "llama", "weights", "l
     import llava
     import vision
     import weights
+    from extras import checks
 
 TINY = HERE.parents[2] / "tiny"
 CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
@@ -110,16 +111,20 @@ def small_model():
     shutil.copy(TINY / "tokenizer.json", folder)
     for name, content in JSON.items():
         (folder / name).write_text(json.dumps(content))
-    config, preprocess = read_config(folder)
+    pictures = vision.PreprocessConfig(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
     torch.manual_seed(0)
     model = llava.Llava(config)
-    llava.save(model, llava.Processor(llama.Tokenizer(folder / "tokenizer.json"), preprocess, config), folder)
+    model.init_weights()
+    llava.save(model, llava.Processor(checks.Tokenizer(folder / "tokenizer.json"), pictures, config), folder)
     with torch.device("meta"):
         return folder, llava.Llava(config)
 
 
 def read_config(folder):
-    return weights.read_config(folder, llava.LlavaConfig, vision.PreprocessConfig)
+    checks.checkpoint(folder)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
+    return config, weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
 
 
 def config(data):
@@ -174,7 +179,7 @@ def index(data):
         values = {"metadata": {}, "weight_map": {"x": name if data.ConsumeBool() else extreme(data)}}
         content = encoded(changed(values, data) if data.ConsumeBool() else values)
     (FOLDER / weights.INDEX).write_bytes(content)
-    for file in weights.shards(FOLDER):
+    for file in checks.shards(FOLDER):
         assert file.parent == FOLDER and file.resolve().parent == FOLDER.resolve() and file.suffix == ".safetensors", (
             file
         )
@@ -233,13 +238,13 @@ def tokenizer(data):
     values["model"]["merges"] = []
     content = data.ConsumeBytes(4000) if data.ConsumeProbability() < 0.2 else encoded(changed(values, data))
     (FOLDER / "broken.json").write_bytes(content)
-    read = llama.Tokenizer(weights.small_file(FOLDER / "broken.json"))
+    read = checks.Tokenizer(FOLDER / "broken.json")
     read.decode(read.encode("Hello </s> <image>\n猫", special=data.ConsumeBool()))
 
 
 def picture(data):
     """The bytes of a file; libFuzzer starts from small ones of each format."""
-    image = vision.open_image(io.BytesIO(data.ConsumeBytes(100_000)))
+    image = checks.open_image(io.BytesIO(data.ConsumeBytes(100_000)))
     assert image.mode == "RGB"
     if image.width * image.height < 10**6:
         for pad in (False, True):
@@ -276,9 +281,8 @@ def main():
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     FOLDER, MODEL = small_model()
-    llava.Llava.init_weights = lambda self: None  # from here on numbers come from elsewhere
     WEIGHTS = (FOLDER / weights.SINGLE).read_bytes()
-    TOKENIZER, PICTURE = llama.Tokenizer(FOLDER / "tokenizer.json"), Image.new("RGB", (40, 30), "red")
+    TOKENIZER, PICTURE = checks.Tokenizer(FOLDER / "tokenizer.json"), Image.new("RGB", (40, 30), "red")
     PREPROCESS = read_config(FOLDER)[1]
     target = {"config": config, "index": index, "header": header, "tokenizer": tokenizer, "picture": picture}[
         sys.argv[1]
@@ -305,7 +309,7 @@ def main():
     corpus = FOLDER / "corpus"
     corpus.mkdir()
     if target is picture:
-        vision.MAX_PIXELS = (
+        vision.MAX_PIXELS = checks.MAX_PIXELS = (
             4_000_000  # so that thousands of pictures a minute are possible; the cap itself has its tests
         )
         seeds(corpus)
