@@ -108,7 +108,7 @@ def shards(folder):
     files = {str(name) for name in read_json(folder / INDEX)["weight_map"].values()}
     for name in files:  # a path in it would make us open any file of this machine
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise ValueError(f"{folder / INDEX}: {name} is not the bare name of a .safetensors file")
+            raise ValueError(f"{folder / INDEX}: {name!r} is not the bare name of a .safetensors file")
     return [folder / name for name in sorted(files)]
 
 

@@ -4,7 +4,8 @@ Both go over the verbs of llava.py: prefill, step, reorder_cache. The state of a
 cache is. Greedy decoding is a search with one beam; a test holds the two against each other.
 
     letter   meaning
-    B, V     rows of the batch, size of the vocabulary
+    B, T     rows of the batch, positions of a prompt
+    V        size of the vocabulary
     n, k     beams of a row, candidates that they grow into
 """
 
@@ -54,7 +55,7 @@ def score(model, answers, input_ids, pixel_values=None, attention_mask=None):
     rows = [torch.tensor(answer, dtype=torch.int64, device=model.device) for answer in answers]
     ids = pad_sequence(rows, batch_first=True, padding_value=model.config.padding)
     real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-    first, kv_cache = model.prefill(input_ids, pixel_values, attention_mask)  # (1, V)
+    first, kv_cache = model.prefill(input_ids, pixel_values, attention_mask)
     kv_cache = fork_cache(kv_cache, len(answers), ids.shape[1])
     seen = kv_cache["real"][:, : llama.length(kv_cache)]
     rest = model(ids, attention_mask=torch.cat([seen, real], dim=1), kv_cache=kv_cache).logits

@@ -8,14 +8,13 @@ import contextlib
 import sys
 
 import llama
-from extras import checks
+from extras import checks, turn
 from extras.cli import fail, notice
-from extras.turn import Conversation, answer, context
 
 
 def chat(model, processor, images, options, system=()):
     """Read questions from standard input and answer them → exit status. system: the turns that stand before them."""
-    conversation = Conversation(processor.tokenizer.bos, model.init_kv_cache(1, context(model)))
+    conversation = turn.Conversation(processor.tokenizer.bos, model.init_kv_cache(1, turn.context(model)))
     turns = list(system)
     while (words := read_line()) is not None:
         if words.split()[0] == "/image":
@@ -26,7 +25,7 @@ def chat(model, processor, images, options, system=()):
             continue
         before, past = conversation.ids, llama.length(conversation.kv_cache)
         try:
-            for text in answer(model, processor, options, [*turns, ("user", words)], images, conversation):
+            for text in turn.answer(model, processor, options, [*turns, ("user", words)], images, conversation):
                 print(text, end="", flush=True)
         except KeyboardInterrupt:  # stops the answer and keeps the conversation
             print(flush=True)

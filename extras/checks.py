@@ -248,7 +248,7 @@ def sizes(folder):
         raise ValueError(f"{where}: vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
     pictures = weights.read_preprocess_config(folder, vision.PreprocessConfig, tower)
     if not len(pictures.image_mean) == len(pictures.image_std) == 3:
-        raise ValueError(f"{folder}: image_mean and image_std of the preprocessor must have 3 numbers")
+        raise ValueError(f"{folder}: preprocessor_config.json: image_mean and image_std must have 3 numbers")
 
 
 def shards(folder):

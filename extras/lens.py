@@ -11,6 +11,9 @@ The modules know nothing of this. Stages are named as in tests/parity.py, and a 
     attention.1 …          who looked at whom in that block
     logits
     vision.i.q, llama.i.q  and k, v: what a block's queries, keys and values are before heads and rotation
+
+    letter   meaning
+    P        patches of a picture
 """
 
 import contextlib

@@ -2,6 +2,11 @@
 
 On the meta device a model is names and shapes: now is the time to put other layers in the place of some. Everything
 here gives the same numbers as the plain way, or says by how much it differs, and none of the four modules knows of it.
+
+    letter   meaning
+    B, S     rows of the batch, positions that are attended to
+    A, K     query heads, key-value heads
+    E        width of one head
 """
 
 import math

@@ -31,9 +31,9 @@ from PIL import Image
 import llama
 import llava
 import vision
-from extras import lens
+from extras import beams, lens, speed
 
-MODULES = {module.__name__: module for module in (vision, llama, llava)}
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (vision, llama, llava, beams, lens, speed)}
 SOURCES = {name: inspect.getsource(module) for name, module in MODULES.items()}
 
 # A small LLaVA in which no two sizes are alike, so that no letter can stand for another.
@@ -50,8 +50,11 @@ IMAGE, PAD, EOS = 88, 87, [2, 3]
 PATCHES = (TOWER.image_size // TOWER.patch_size) ** 2
 
 LETTERS = {  # what the config decides
-    "vision": dict(P=PATCHES, S=PATCHES + 1, D=TOWER.hidden_size, A=6, E=5, F=TOWER.intermediate_size),
-    "llama": dict(D=TEXT.hidden_size, H=20, K=5, E=TEXT.head_dim, F=TEXT.intermediate_size, V=TEXT.vocab_size),
+    "vision": dict(P=PATCHES, S=PATCHES + 1, C=TOWER.hidden_size, A=6, E=5, F=TOWER.intermediate_size),
+    "llama": dict(D=TEXT.hidden_size, A=20, K=5, E=TEXT.head_dim, F=TEXT.intermediate_size, V=TEXT.vocab_size),
+    "beams": dict(V=TEXT.vocab_size),
+    "lens": dict(P=PATCHES),
+    "speed": dict(K=5),
     "llava": dict(P=PATCHES, D=TEXT.hidden_size, V=TEXT.vocab_size, L=len(LAYERS), C=TOWER.hidden_size),
 }
 
@@ -73,6 +76,7 @@ ARGUMENTS = {  # what the arguments of a function decide
     "llama.Llama.forward": lambda v: decoder(v["x"], v["kv_cache"]),
     "llama.real_tokens": lambda v: decoder(torch.empty(*v["shape"]), v["kv_cache"]),
     "llama.filtered": lambda v: dict(B=len(v["logits"])),
+    "beams.search": lambda v: dict(B=len(v["input_ids"]), n=v["num_beams"]),
     "beams.beam_step": lambda v: dict(
         B=v["beams"]["ids"].shape[0],
         n=v["beams"]["ids"].shape[1],
@@ -84,7 +88,9 @@ ARGUMENTS = {  # what the arguments of a function decide
     "llava.Llava.forward": lambda v: (
         rows_and_positions(v["input_ids"], v["pixel_values"]) if v["input_ids"] is not None else {}
     ),
+    "llava.Llava.prefill": lambda v: rows_and_positions(v["input_ids"], v["pixel_values"]),
     "llava.Llava.stream": lambda v: dict(B=len(v["input_ids"])),
+    "speed.attend_one_query": lambda v: dict(S=v["k"].shape[2]),
 }
 
 
@@ -122,6 +128,8 @@ def scenario():
     model.generate(words, max_new_tokens=5, temperature=1.0, top_k=50, top_p=0.8, seed=0)
     model.generate(prompts, pixels, mask, max_new_tokens=8, num_beams=4)
     model.score([[5, 6, 2], [7, 2]], prompts[:1], pixels[:1], mask[:1])
+    k, v = torch.randn(2, 3, 5, 11, TEXT.head_dim)
+    speed.attend_one_query(torch.randn(3, 20, 1, TEXT.head_dim), k, v, torch.ones(3, 1, 1, 11, dtype=torch.bool))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, P
 import llama
 import llava
 import vision
-from extras import checks, cli
+from extras import checks, cli, turn
 
 TEXTS = [
     "",
@@ -132,7 +132,7 @@ def special_ids(tokenizer):
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_ids_equal_the_reference(ours, theirs, text):
     expected = theirs(text).input_ids
-    assert ours.start + ours.encode(text) == expected
+    assert ours.bos + ours.encode(text) == expected
     found = make_processor(ours)(text, pictures(text.count("<image>")) or None)
     assert found["input_ids"].tolist() == [expected]
     assert found["attention_mask"].tolist() == [[1] * len(expected)]
@@ -143,7 +143,7 @@ def test_ids_equal_the_reference(ours, theirs, text):
 def test_published_ids(published):
     """As transformers' own tests of LLaVA have them."""
     ids = [1, 15043, 7084, 29901, 29871, 32000, 29871, 13, 7900]
-    assert published.start + published.encode("Hello Image: <image>\nAss") == ids
+    assert published.bos + published.encode("Hello Image: <image>\nAss") == ids
     assert [published.id(token) for token in ("<unk>", "<s>", "</s>", "<image>", "<pad>")] == [0, 1, 2, 32000, 32001]
     found = make_processor(published)("USER: <image>\nX", pictures(1))["input_ids"][0].tolist()
     assert found == [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, 29990]
@@ -153,7 +153,7 @@ def test_published_ids(published):
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
 def test_bos_stands_in_front_and_nowhere_else(ours, text):
     bos = ours.id("<s>")
-    assert ours.start == [bos]
+    assert ours.bos == [bos]
     ids = make_processor(ours)(text, pictures(text.count("<image>")))["input_ids"][0].tolist()
     assert ids[0] == bos and ids.count(bos) == 1
     for turns in (TURNS, TURNS[:1], [("user", text)], [("system", "Be brief."), *TURNS]):
@@ -171,7 +171,7 @@ def test_encoding_does_not_depend_on_what_was_encoded_before(ours):
 def test_nothing_is_cut_off_or_filled_up(ours, theirs):
     """A tokenizer.json may ask for truncation and padding; a prompt cut inside a picture is worse than an error."""
     text = "What is there? " * 3000
-    assert ours.start + ours.encode(text) == theirs(text).input_ids
+    assert ours.bos + ours.encode(text) == theirs(text).input_ids
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
@@ -183,7 +183,7 @@ def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
     assert checks.Tokenizer(tmp_path / "tokenizer.json").encode(text) == checks.Tokenizer(
         TINY / "tokenizer.json"
     ).encode(text)
-    assert checks.Tokenizer(tmp_path / "tokenizer.json").start == [1]
+    assert checks.Tokenizer(tmp_path / "tokenizer.json").bos == [1]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def byte_ids(tokenizer, data):
 
 def test_decoding_equals_the_reference(ours, theirs):
     for text in TEXTS:
-        ids = ours.start + ours.encode(text)
+        ids = ours.bos + ours.encode(text)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(torch.tensor(ids)) == make_processor(ours).decode(torch.tensor(ids)) == ours.decode(ids)
     for seed in range(200):

@@ -17,13 +17,13 @@ def no_grad():
         yield
 
 
-@pytest.mark.parametrize("beams", [2, 3, 5])
+@pytest.mark.parametrize("n", [2, 3, 5])
 @pytest.mark.parametrize("length", [1, 2, 12])
-def test_beams_equal_the_reference(model, reference, batch, ends, beams, length):
+def test_beams_equal_the_reference(model, reference, batch, ends, n, length):
     for eos in (2, rare_ends(model, batch), int(model.generate(**batch, max_new_tokens=1)[0, 0])):
         ends(eos)
-        ours = model.generate(**batch, max_new_tokens=length, num_beams=beams)
-        theirs = reference_generate(reference, batch, eos, max_new_tokens=length, num_beams=beams)
+        ours = model.generate(**batch, max_new_tokens=length, num_beams=n)
+        theirs = reference_generate(reference, batch, eos, max_new_tokens=length, num_beams=n)
         assert torch.equal(ours, theirs)
 
 
@@ -33,16 +33,16 @@ def test_beam_search_finishes_hypotheses_as_the_reference_does(reference):
     """
     torch.manual_seed(4)
     for trial in range(40):
-        beams, eos = 2 + trial % 3, [3, 4][: 1 + trial % 2]
+        n, eos = 2 + trial % 3, [3, 4][: 1 + trial % 2]
         table = torch.randn(12, 12) * 3  # the logits after each token
         table[:, eos] += trial % 5 - 1
-        state = beams.init_beams(2, beams, 8, 11, "cpu")
-        rows = torch.tensor([1, 2]).repeat_interleave(beams)
+        state = beams.init_beams(2, n, 8, 11, "cpu")
+        rows = torch.tensor([1, 2]).repeat_interleave(n)
         more = True
         while more:
             rows, _, more = beams.beam_step(state, table[rows], eos)
         ours = beams.best_beams(state)
-        theirs = scripted(reference, table, [[1], [2]], eos, 8, beams)
+        theirs = scripted(reference, table, [[1], [2]], eos, 8, n)
         assert torch.equal(ours, theirs), trial
 
 

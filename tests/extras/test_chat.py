@@ -21,7 +21,7 @@ from reference import FEATURES, IMAGE, ROOT, TOKENIZER
 from talkers import EOS, make_brief_talker, make_talker
 
 import llava
-from extras import chat, cli
+from extras import chat, cli, turn
 
 ASKED = ["What is there?", "Which colour is it?", "And where?"]
 FORMS = {"llama": "USER: {} ASSISTANT:", "mistral": "USER: {}\nASSISTANT:"}
@@ -337,7 +337,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk(talker, log, family, picture
                 log.hooks.append(where(model).register_forward_hook(happens))
         return typed[-1]
 
-    monkeypatch.setattr(llava, "read_line", read_line)
+    monkeypatch.setattr(chat, "read_line", read_line)
     monkeypatch.setattr(sys, "stdout", screen)
     assert cli.main(["--chat", "--max-new-tokens", "8"]) == 0
     assert happens.left <= 0, "it happened"
@@ -417,7 +417,7 @@ def test_a_talk_that_has_filled_the_context(talk, talker, log, family, monkeypat
 
 def test_a_waiting_picture_that_does_not_fit_is_let_go_and_said_so(talk, talker, log, family, pictures, monkeypatch):
     """Or it would be refused again with each question from there on. What fits without it is answered."""
-    monkeypatch.setattr(llava, "context", lambda model: 96)
+    monkeypatch.setattr(turn, "context", lambda model: 96)
     typed = [ASKED[0], *[f"/image {pictures[1]}"] * 5, ASKED[1], ASKED[2], f"/image {pictures[2]}", "And here?"]
     found = talk(typed, "--image", pictures[0], "--max-new-tokens", 4)
     answers = [ids[:] for ids in log.answers]

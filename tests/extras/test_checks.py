@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import EMBED, HEAD, entry, header, load, refusal, same, write_index
+from checkpoints import EMBED, HEAD, configs, entry, header, load, refusal, same, write_index
 from effort import effort
 from examples import examples, tried
 from hypothesis import given
@@ -129,7 +129,7 @@ class Endless(io.RawIOBase):
 
 
 def test_a_pipe_that_never_ends_is_not_read_for_ever(monkeypatch):
-    monkeypatch.setattr(vision, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(checks, "MAX_BYTES", 10**6)
     pipe = Endless()
     refused(io.BufferedReader(pipe), "standard input is not a picture", kind=ValueError)
     assert pipe.given < 2 * 10**6
@@ -362,7 +362,7 @@ def test_what_is_not_a_json_object_is_refused_by_its_name(copy, file, text):
 def test_a_huge_config_is_refused_before_it_is_read(copy):
     with open(copy.folder / "config.json", "wb") as file:
         file.truncate(10**12)
-    assert "too large" in refusal(copy.folder)
+    assert "larger than any real" in refusal(copy.folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------

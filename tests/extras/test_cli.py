@@ -28,7 +28,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import chat, cli
+from extras import chat, cli, turn
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_an_answer_ends_with_the_context(ask, ours):
 def test_the_cost_line_tells_the_stages_apart(monkeypatch, ask, pictures):
     """With a clock that only the stages move: 3 s a picture, 0.5 s a pass through the language model."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(llava, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(turn, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def slow(cls, seconds):
         forward = cls.forward
@@ -133,7 +133,7 @@ def test_the_answer_is_streamed(watch, ours):
     screen = watch("--prompt", "Hello", "--max-new-tokens", 8)
     pieces = [(piece, passes) for piece, passes in screen.pieces if piece]
     ids = model.generate(**processor.chat([("user", "Hello")]), max_new_tokens=8)[0]
-    assert pieces[:-1] == [(piece, i + 1) for i, piece in enumerate(processor.tokenizer.stream(ids))]
+    assert pieces[:-1] == [(piece, i + 1) for i, piece in enumerate(turn.as_text(processor.tokenizer, ids))]
     assert pieces[-1] == ("\n", 8)
 
 
@@ -368,7 +368,7 @@ def test_choices(main, pair, reference, monkeypatch, pictures, number):
     prepared, preprocess = [], vision.preprocess
     monkeypatch.setattr(vision, "preprocess", lambda *args: prepared.append(args) or preprocess(*args))
     scores = []
-    monkeypatch.setattr(model, "score", lambda *args, score=model.score: scores.append(score(*args)) or scores[-1])
+    monkeypatch.setattr(model, "score", lambda *args, score=model.score, **inputs: scores.append(score(*args, **inputs)) or scores[-1])
     main(*(["--image", *images] if images else []), "--prompt", "Is it red?", "--choices", *CHOICES)
     assert len(prepared) == number  # once, not once for each choice
     for whole in (model, reference):
@@ -430,7 +430,7 @@ MISTAKES = {  # name: (arguments made from a good folder, an empty one and a pic
     "another language model": (
         lambda folder, tmp, _: damaged(
             folder, tmp, "config.json", lambda old: other(old, text_config={"model_type": "opt"})),
-        "'opt'; llama and mistral are supported",
+        "'opt'; supported: llama, mistral",
     ),
     "half the weights": (
         lambda folder, tmp, _: damaged(folder, tmp, "model.safetensors", lambda old: old[: len(old) // 2]),

@@ -21,9 +21,8 @@ import torch
 from checkpoints import Checkpoint, refusal
 from reference import ROOT, TINY
 
+import extras.hub
 import llava
-import weights
-from extras import hub
 
 # ----------------------------------------------------------------------------------------------------------------
 # Names that are no repositories
@@ -31,7 +30,7 @@ from extras import hub
 
 def test_tiny_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub.find("tiny") == TINY
+    assert extras.hub.find("tiny") == TINY
 
 
 NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
@@ -195,7 +194,7 @@ import llava, weights
 assert "huggingface_hub" not in sys.modules
 
 def find(model, revision):
-    return str(hub.find(model, revision))
+    return str(extras.hub.find(model, revision))
 
 def both(model, revision):  # two processes at once
     child = os.fork()
@@ -416,17 +415,15 @@ def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "a" / "b" / "c"))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", silent)
-    monkeypatch.setattr(weights, "fetch", lambda *_: None)
+    monkeypatch.setattr(extras.hub, "fetch", lambda *_: None)
     with pytest.raises(OSError, match=r"a/b holds no model\.safetensors"):
-        hub.find("a/b")
+        extras.hub.find("a/b")
 
 
 def test_a_page_where_the_hub_should_be(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: json.loads("<html>who are you?</html>"))
-    with pytest.raises(
-        OSError, match="a/b cannot be had, as what answers is not the Hub: give a folder, or --model tiny"
-    ):
-        hub.find("a/b")
+    with pytest.raises(OSError, match="a/b cannot be downloaded: the answer is not from the Hub. Give a folder"):
+        extras.hub.find("a/b")
 
 
 LARGE = {

@@ -5,18 +5,9 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import llama
 import llava
 from extras import recorded
-
-
-def recorded(model, run=None):
-    """A model whose step looks through a window, with the plain function in the place of the compiled one."""
-    step = recorded.RecordedStep.__new__(recorded.RecordedStep)
-    step.plain, step.run = model.step, run or model.llama.run
-    return step
 
 
 @pytest.mark.parametrize("window", [1, 4, 16, 1000])
@@ -24,17 +15,18 @@ def test_a_step_through_a_window_is_the_plain_step(model, processor, monkeypatch
     monkeypatch.setattr(recorded.RecordedStep, "WINDOW", window)
     inputs = processor(["USER: hello ASSISTANT:", "USER: how are you today? ASSISTANT:"])
     expected = model.generate(**inputs, max_new_tokens=20)
-    shapes = set()
+    windows, step = set(), recorded.RecordedStep(model.llama, model.device)
 
-    def run(x, cos, sin, mask, where, cached, *options):
-        shapes.update({mask.shape[-1], *(tensor.shape[2] for pair in cached for tensor in pair)})
-        return model.llama.run(x, cos, sin, mask, where, cached, *options)
+    def plain(x, rope, mask, cached):
+        windows.add(mask.shape[-1])
+        return step.plain(x, rope, mask, cached)
 
-    monkeypatch.setattr(model, "step", recorded(model, run), raising=False)
+    step.recorded = plain  # in the place of the compiled one
+    monkeypatch.setattr(model.llama, "run", step)
     assert torch.equal(model.generate(**inputs, max_new_tokens=20), expected)
     width = inputs["input_ids"].shape[1]
     capacity = width + 19
-    assert shapes == {min(capacity, math.ceil(needed / window) * window) for needed in range(width + 1, capacity + 1)}
+    assert windows == {min(capacity, math.ceil(needed / window) * window) for needed in range(width + 1, capacity + 1)}
 
 
 @pytest.mark.slow
@@ -60,8 +52,8 @@ def test_the_compiled_step_is_the_plain_step(checkpoints, family, dtype, quantiz
         for each in (fast, model):
             cache = each.init_kv_cache(1, inputs["input_ids"].shape[1] + 11)  # as generate makes it
             each(**inputs, kv_cache=cache)
-            ids, mask = torch.tensor([9]), torch.ones(1, llama.length(cache) + 1)
-            logits += [each.step(ids, mask, cache).float(), each.step(ids, F.pad(mask, (0, 1), value=1), cache).float()]
+            ids, real = torch.tensor([9]), torch.tensor([True])
+            logits += [each.step(ids, cache, real).float(), each.step(ids, cache, real).float()]
     torch.testing.assert_close(logits[:2], logits[2:], rtol=0.05, atol=0.05 * logits[2].std().item())
     assert counters["stats"]["unique_graphs"] == 1  # one for all the blocks and all the steps
     assert not counters["graph_break"]

@@ -11,7 +11,6 @@ from reference import load_reference, published_names
 from safetensors.torch import load_file
 
 import llava
-import weights
 from extras import saving
 
 try:
@@ -116,7 +115,7 @@ def test_a_disk_that_is_full_later_leaves_the_old_checkpoint(saved, number, monk
 
 def test_ctrl_c_while_saving_leaves_the_old_checkpoint(saved, monkeypatch):
     folder, before, (model, processor) = saved
-    monkeypatch.setattr(weights, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(saving, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         llava.save(model, processor, folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
