@@ -460,9 +460,9 @@ def committed():
     """The files of the project, without what is made by running it."""
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [name for name in folders if name == ".ci" or not name.startswith((".", "__"))]
-        yield from (
-            Path(folder) / name for name in files if not name.endswith((".safetensors", ".png", ".jpg", ".pt", ".new"))
-        )
+        binary = (".safetensors", ".png", ".jpg", ".pt", ".new")
+        kept = [name for name in files if not name.endswith(binary) and name != ".git"]  # a file in a second work tree
+        yield from (Path(folder) / name for name in kept)
 
 
 def test_speaks_of_the_project_alone():

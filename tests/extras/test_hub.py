@@ -2,6 +2,7 @@
 and the loader in processes of its own.
 """
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -162,7 +163,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 hub.stalled.set()
                 hub.go_on.wait(20)
             self.close_connection = True
-            return self.connection.shutdown(2)
+            with contextlib.suppress(OSError):  # the client may have hung up before
+                self.connection.shutdown(2)
+            return
         self.wfile.write(body)
         hub.served += len(body) if self.path.startswith("/cdn/") else 0
 
