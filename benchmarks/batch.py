@@ -25,9 +25,8 @@ def main():
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {options.model}, {options.layers} layers; tokens/s of all rows\n")
-    print(
-        f"| side | {' | '.join(f'batch {batch}' for batch in options.batches)} |\n|{'---|' * (1 + len(options.batches))}"
-    )
+    print(f"| side | {' | '.join(f'batch {batch}' for batch in options.batches)} |")
+    print(f"|{'---|' * (1 + len(options.batches))}")
     for name, rates in table.items():
         print(f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates)} |")
 

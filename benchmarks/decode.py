@@ -1,11 +1,11 @@
-"""Tokens a second, one at a time: ours beside transformers and llama.cpp, alternately, at the widths of a published model.
+"""Tokens a second, one at a time: ours beside transformers and llama.cpp, in turns, at the widths of a published model.
 
     python benchmarks/decode.py
     python benchmarks/decode.py --layers 4 --rounds 7 --picture decode.png
 
-A step reads every weight of the language model once: GB/s is that number of bytes by the time of a step, and the last column
-is its share of what a sum over 1 GB reads on the same machine in the same run. Each side takes about 2 GB of memory at two
-layers; name fewer of them after --sides if that is too much.
+A step reads every weight of the language model once: GB/s is that number of bytes by the time of a step, and the last
+column is its share of what a sum over 1 GB reads on the same machine in the same run. Each side takes about 2 GB of
+memory at two layers; name fewer of them after --sides if that is too much.
 """
 
 import statistics
@@ -27,9 +27,8 @@ def main():
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {options.model}, {options.layers} layers; a sum reads {width / 1e9:.1f} GB/s\n")
-    print(
-        "| side | tokens/s | of transformers bfloat16, within a round | GB/s | of the bandwidth |\n|---|---|---|---|---|"
-    )
+    print("| side | tokens/s | of transformers bfloat16, within a round | GB/s | of the bandwidth |")
+    print("|---|---|---|---|---|")
     rows = []
     for name in names:
         rate = [1 / value for value in seconds[name]]

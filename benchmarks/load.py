@@ -4,8 +4,8 @@
     python benchmarks/load.py --model 13b --layers 40 --rounds 1 --sides "ours int4"
     python benchmarks/load.py --layers 32 --rounds 1 --sides "ours bfloat16"
 
-The files stay in the page cache, as they do between two calls of the same command. The peak is VmHWM, files that are mapped
-into memory among it; beside it stands its ratio to the bytes of the weights as they are held.
+The files stay in the page cache, as they do between two calls of the same command. The peak is VmHWM, files that are
+mapped into memory among it; beside it stands its ratio to the bytes of the weights as they are held.
 """
 
 import json
@@ -47,9 +47,8 @@ def main():
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {options.model}, {options.layers} layers and the whole tower\n")
-    print(
-        "| side | loaded, s | of transformers' | first token, s | of transformers' | weights, GB | peak, GB | peak / weights |"
-    )
+    columns = ["side", "loaded, s", "of transformers'", "first token, s", "of transformers'"]
+    print(f"| {' | '.join([*columns, 'weights, GB', 'peak, GB', 'peak / weights'])} |")
     print(f"|{'---|' * 8}")
     for name, runs in results.items():
         base = results.get(peers.BASE, runs)

@@ -59,9 +59,8 @@ def attention(keys):
 
 @torch.no_grad()
 def main():
-    print(
-        f"{peers.machine()}; a sum reads {peers.bandwidth() / 1e9:.1f} GB/s\n\n| a matrix of 7B and one vector | ms | GB/s |"
-    )
+    print(f"{peers.machine()}; a sum reads {peers.bandwidth() / 1e9:.1f} GB/s\n")
+    print("| a matrix of 7B and one vector | ms | GB/s |")
     print("|---|---|---|")
     for name, size, seconds in products():
         print(f"| {name} | {seconds * 1e3:.2f} | {size / seconds / 1e9:.1f} |")

@@ -1,8 +1,8 @@
 """What the benchmarks share: a random checkpoint of the published widths, sides that take turns, and a table of ratios.
 
-Each side (this code in one of its settings, transformers, llama.cpp) is a process of its own that loads the checkpoint once and
-then waits for its turn. All sides run once in each round, so that what disturbs the machine disturbs all of them, and a ratio
-is taken within a round. The first round is not counted.
+Each side (this code in one of its settings, transformers, llama.cpp) is a process of its own that loads the checkpoint
+once and then waits for its turn. All sides run once in each round, so that what disturbs the machine disturbs all of
+them, and a ratio is taken within a round. The first round is not counted.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line has it, for all sides
 
 import full_size  # noqa: E402
 import torch  # noqa: E402
@@ -82,7 +84,7 @@ class Ours:
         return {"input_ids": torch.tensor([ids]), "pixel_values": self.processor("<image>", picture())["pixel_values"]}
 
     def turns(self):
-        """Seconds to the first token of two questions about one picture: the second goes on from the cache of the first."""
+        """Seconds to the first token of two questions about a picture: the second goes on from the first one's cache."""
         cache, seconds = self.model.init_kv_cache(1, 1024), []
         for more in (self.inputs(20), {"input_ids": torch.tensor([TEXT[:20]])}):
             begin = time.perf_counter()
@@ -280,7 +282,7 @@ def installed(names):
 
 
 def rounds(names, folder, number, method, **arguments):
-    """{side: [what the method returned in each round]}, one round more than is kept, and {side: what it says of itself}."""
+    """{side: [what the method returned in each round]}, one round more than is kept; {side: what it says of itself}."""
     sides = [Side(name, folder) for name in names]
     results = {name: [] for name in names}
     for turn in range(number + 1):

@@ -3,8 +3,8 @@
     python benchmarks/quality.py
     python benchmarks/quality.py --questions 300 --layers 4
 
-KL is the mean over positions of KL(float32 ‖ scheme) between the distributions of the next token, in nats; top-1 the share of
-positions at which the likeliest token is the same.
+KL is the mean over positions of KL(float32 ‖ scheme) between the distributions of the next token, in nats; top-1 the
+share of positions at which the likeliest token is the same.
 """
 
 import argparse
@@ -47,9 +47,8 @@ def tiny(number):
     table = train.collect(number, held_out=False)
     rows = {name: answers(settings, table) for name, settings in SCHEMES.items()}
     base, right = rows["float32"]
-    print(
-        f"tiny, {len(base)} questions about fresh scenes\n\n| scheme | right | right in float32 and now wrong | other words |"
-    )
+    print(f"tiny, {len(base)} questions about fresh scenes\n")
+    print("| scheme | right | right in float32 and now wrong | other words |")
     print("|---|---|---|---|")
     truth = [answer for _, items in table.values() for _, answer in items]
     for name, (said, hits) in rows.items():
@@ -59,7 +58,7 @@ def tiny(number):
 
 
 def wide(layers):
-    """A random model of the published widths. Its logits are nearly flat, so the numbers compare schemes with one another."""
+    """A random model of the published widths. Its logits are nearly flat: the numbers compare schemes with one another."""
     with tempfile.TemporaryDirectory() as folder:
         peers.full_size.write(Path(folder), "7b", layers)
         torch.manual_seed(0)

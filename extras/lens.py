@@ -13,7 +13,8 @@ The modules know nothing of this. Stages are named as in tests/parity.py, and a 
     vision.i.q, llama.i.q  and k, v: what a block's queries, keys and values are before heads and rotation
 
     letter   meaning
-    P        patches of a picture
+    N, P     pictures, patches of each
+    T        positions of a prompt
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What every notebook needs: the way to the modules, their source on the page, checks of exercises, and where things stand.
+"""What every notebook needs: the way to the modules, their source on the page, checks of exercises, where things stand.
 
 Importing it puts the project's folders on the path. It knows nothing of LLaVA; lens.py does.
 """
@@ -53,8 +53,8 @@ def where(concepts):
 def check(yours, right, *cases, mistakes=None):
     """Hold a solution against what is right, and say what is wrong with it.
 
-    yours, right: functions, called with each of the cases (tuples of arguments); without cases, values. An answer of ... is not
-    there yet. mistakes: {what to say: a function that makes this mistake}.
+    yours, right: functions, called with each of the cases (tuples of arguments); without cases, values. An answer of
+    ... is not there yet. mistakes: {what to say: a function that makes this mistake}.
     """
     for case in cases or [None]:
         try:

@@ -4,9 +4,9 @@
     python notebooks/run.py 4 7                only those
     python notebooks/run.py --write            keep what they print and draw, and make the figures of docs/ anew
 
-Each runs in a kernel of its own, in this folder. Pictures are not compared, nor the text of cells tagged "volatile": what
-training comes to differs from machine to machine, and the assertions in those cells say within which bounds. Then the folded
-solution of each exercise takes the place of its gap, and the check has to say "Right.".
+Each runs in a kernel of its own, in this folder. Pictures are not compared, nor the text of cells tagged "volatile":
+what training comes to differs from machine to machine, and the assertions in those cells say within which bounds. Then
+the folded solution of each exercise takes the place of its gap, and the check has to say "Right.".
 """
 
 import argparse

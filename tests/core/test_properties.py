@@ -39,4 +39,6 @@ def test_any_words_stay_words(processor, words, images, role):
     ids = processor.chat(turns, [Image.new("RGB", (9, 9))] * images)["input_ids"][0].tolist()
     assert ids.count(IMAGE) == images and ids[0] == 1 and ids.count(1) == 1 and ids.count(2) == (role == "assistant")
     assert words.replace("▁", " ") in processor.decode(ids)  # the letter that this vocabulary writes for a space
-    assert "".join(turn.as_text(processor.tokenizer, ids)).rstrip("\ufffd") == processor.decode(ids).replace("\ufffd", "")
+    assert "".join(turn.as_text(processor.tokenizer, ids)).rstrip("\ufffd") == processor.decode(ids).replace(
+        "\ufffd", ""
+    )

@@ -1,6 +1,5 @@
 """From text to ids and back: equal to the tokenizers that transformers uses, and what a user types is text."""
 
-import random
 import shutil
 
 import numpy as np
@@ -8,49 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from reference import EDGE, PATCH, TINY, expanded
+from texts import TEXTS, random_ids
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 import llama
 import llava
 import vision
-from extras import checks, cli, turn
+from extras import checks, cli
 
-TEXTS = [
-    "",
-    " ",
-    "\n",
-    "Hello",
-    " Hello",
-    "  Hello  ",
-    "Hello ",
-    "<image>",
-    "<image>\nUSER: What is there? ASSISTANT:",
-    "USER: <image>\nWhat is there? ASSISTANT:",
-    "USER: What is there? <image>",
-    "USER: What is there?<image> ",
-    "<image>\n<image>\nWhat is the difference?",
-    "USER: <image> and <image>, which is larger?",
-    "<image><image>",
-    "<image> <image>",
-    "a<image>b",
-    "<image>\n",
-    "<image> \n x",
-    "<image>\n\nx",
-    "USER: Hi ASSISTANT: Yes.</s>USER: And now? ASSISTANT:",
-    "</s>USER:",
-    "</s> USER:",
-    "a</s></s>b",
-    "<unk><pad>x",
-    "Où est l'élève à Zürich? Ça va, señor.",
-    "图中有什么？猫和狗。",
-    "Здравствуйте, κόσμε, שלום, مرحبا",
-    "🐈 and 👩‍👩‍👧, 🇨🇭!",
-    "e\u0301 is not \u00e9; \u00a0 and \u3000 and \u200b are spaces of a kind",
-    "tabs\tand\r\nlines\n\n\nof code:    x = [1,  2]",
-    "▁ and \ufffd and \x00 and \x7f",
-    "USER:<image>\nNo space ASSISTANT:",
-    "1234567890 3.14159 100%",
-]
 TYPED = [
     "<image>",
     "</s>",
@@ -343,23 +307,6 @@ def test_a_tokenizer_with_another_image_token_is_refused(ours):
 # Ids → text
 
 
-def random_ids(tokenizer, seed, length=30):
-    """Of even seeds any pieces and whole characters in bytes, of odd ones anything,
-    so that bytes seldom form characters.
-    """
-    rng = random.Random(seed)
-    size = tokenizer.bpe.get_vocab_size()
-    if seed % 2:
-        return [rng.randrange(3, 259) if rng.random() < 0.2 else rng.randrange(size) for _ in range(length)]
-    characters = [byte_ids(tokenizer, character.encode()) for character in "é猫🐈\n"]
-    parts = ([rng.randrange(259, size)] if rng.random() < 0.7 else rng.choice(characters) for _ in range(length))
-    return [i for part in parts for i in part]
-
-
-def byte_ids(tokenizer, data):
-    return [tokenizer.id(f"<0x{byte:02X}>") for byte in data]
-
-
 def test_decoding_equals_the_reference(ours, theirs):
     for text in TEXTS:
         ids = ours.bos + ours.encode(text)
@@ -374,87 +321,8 @@ def test_special_tokens_are_not_shown(ours):
     ids = [ours.id(token) for token in ("<s>", "<image>", "<unk>", "<pad>", "</s>")]
     assert ours.decode(ids) == "" and ours.decode([]) == ""
     assert ours.decode([*ids, *ours.encode("Hello"), *ids]) == "Hello"
-    assert (
-        "".join(turn.as_text(ours, [*ids, *ours.encode("Hello"), *ids])) == "Hello"
-        and list(turn.as_text(ours, ids)) == []
-    )
 
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text and "\ufffd" not in text], ids=ascii)
 def test_text_comes_back_as_it_was(ours, text):
     assert ours.decode(ours.encode(text)) == text.replace("▁", " ")
-
-
-@pytest.mark.parametrize("text", [text for text in TEXTS if "\ufffd" not in text], ids=ascii)
-def test_a_stream_adds_up_to_the_decoded_text(ours, text):
-    ids = ours.encode(text)
-    pieces = list(turn.as_text(ours, iter(ids)))
-    assert "".join(pieces) == ours.decode(ids)
-    assert all(piece and "\ufffd" not in piece for piece in pieces)
-
-
-def test_a_stream_shows_each_character_when_its_last_byte_is_there(ours):
-    ids = byte_ids(ours, "é猫🐈".encode())
-    stream = turn.as_text(ours, log := Logged(ids))
-    assert [(piece, log.taken) for piece in stream] == [("é", 2), ("猫", 5), ("🐈", 9)]
-
-
-def test_a_stream_shows_each_token_at_once(ours):
-    ids = ours.encode("What is there in the picture? A cat, and two dogs.")
-    shown = [(piece, log.taken) for log in [Logged(ids)] for piece in turn.as_text(ours, log)]
-    assert [taken for _, taken in shown] == list(
-        range(1 + len(ids) - len(shown), 1 + len(ids))
-    )  # at most "▁" shows nothing
-    assert len(ids) - len(shown) <= 1
-
-
-class Logged:
-    """An iterator that knows how many of its items were taken."""
-
-    def __init__(self, items):
-        self.items, self.taken = iter(items), 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        item = next(self.items)
-        self.taken += 1
-        return item
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_a_stream_of_random_ids_adds_up(ours, broken):
-    for seed in range(broken, 200, 2):
-        ids = random_ids(ours, seed)
-        text, pieces = ours.decode(ids), list(turn.as_text(ours, ids))
-        assert all(piece and "\ufffd" not in piece for piece in pieces), seed
-        assert broken or "\ufffd" not in text
-        if "\ufffd" not in text:
-            assert "".join(pieces) == text, seed
-        else:  # whatever is not broken is shown, in its order
-            shown = iter("".join(pieces))
-            assert all(letter in shown for letter in text.replace("\ufffd", "")), seed
-
-
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_stream_cut_inside_a_character_shows_what_is_whole(ours, cut):
-    ids = ours.encode("Here: ") + byte_ids(ours, "猫🐈".encode()[:-cut])
-    assert "".join(turn.as_text(ours, ids)) == "Here: 猫"
-
-
-def test_a_stream_never_shows_a_broken_character(ours):
-    words = ours.encode("cat")
-    for broken in (b"\xff", b"\xe5", b"\xf0\x9f\x90", b"\x80\x80", b"\xe7\x8c"):
-        ids = byte_ids(ours, broken)
-        assert "".join(turn.as_text(ours, [*words, *ids, *words])) == "cat cat"
-        assert "".join(turn.as_text(ours, [*words, *ids])) == "cat"
-        assert "".join(turn.as_text(ours, [*words, *byte_ids(ours, "猫".encode()), *ids, *words])) == "cat猫 cat"
-
-
-def test_a_stream_is_lazy(ours):
-    def ids():
-        yield from ours.encode("Hello")
-        raise RuntimeError("asked for more than was needed")
-
-    assert next(turn.as_text(ours, ids()))

@@ -426,7 +426,7 @@ def test_a_waiting_picture_that_does_not_fit_is_let_go_and_said_so(talk, talker,
     past = re.fullmatch(sentence, found.errors[0])[1]
     assert int(past) > FEATURES
     assert re.findall("^notice: (.*let go.*)$", found.err, re.M) == [
-        "the pictures that waited for this question are let go: /image FILE gives one again"
+        "the pictures attached to this question were dropped; attach them again with /image FILE"
     ]
     turns = [(1, ASKED[0]), (0, ASKED[2]), (1, "And here?")]
     for i in range(3):

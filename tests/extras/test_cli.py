@@ -9,7 +9,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -21,14 +20,12 @@ import pytest
 import torch
 from forks import ENVIRONMENT
 from PIL import Image
-from reference import EDGE, IMAGE, ROOT, TOKENIZER, expanded
+from reference import EDGE, ROOT, TOKENIZER, expanded
 from talkers import COST, CUT, EOS, byte_ids, expected, make_brief_talker, make_talker, say
 
-import llama
 import llava
-import vision
 import weights
-from extras import chat, cli, turn
+from extras import chat, cli
 
 
 @pytest.fixture(scope="module")
@@ -91,55 +88,6 @@ def test_max_new_tokens(ask, ours, number):
     assert re.fullmatch(COST, found.err.splitlines()[0])[2] == str(number) and found.err.endswith(
         CUT.format(number) + "\n"
     )
-
-
-def test_an_answer_ends_with_the_context(ask, ours):
-    words, asked = "Look:", 0
-    while asked < 500:
-        words += " there"
-        asked = ours[1].chat([("user", words)])["input_ids"].shape[1]
-    found = ask("--prompt", words, "--max-new-tokens", 10**12)
-    assert found.status == 0 and found.err.endswith(CUT.format(512 - asked + 1) + "\n")
-
-
-def test_the_cost_line_tells_the_stages_apart(monkeypatch, ask, pictures):
-    """With a clock that only the stages move: 3 s a picture, 0.5 s a pass through the language model."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(turn, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-
-    def slow(cls, seconds):
-        forward = cls.forward
-
-        def slower(*args, **kwargs):
-            clock.now += seconds
-            return forward(*args, **kwargs)
-
-        monkeypatch.setattr(cls, "forward", slower)
-
-    def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-    slow(vision.VisionTower, 3.0)
-    slow(llama.Llama, 0.5)
-    for images, image in (([], ""), (["--image", *pictures[:1]], "image 3000 ms, ")):
-        before = peak()
-        cost = ask("--prompt", "Hi", "--max-new-tokens", 5, *images).err.splitlines()[0]
-        assert cost.startswith(f"{image}prefill 500 ms, 5 tokens, 2.0 tokens/s, peak memory ")
-        assert before - 0.01 < float(re.fullmatch(COST, cost)[3]) < peak() + 0.01
-
-
-def test_the_answer_is_streamed(watch, ours):
-    model, processor = ours
-    screen = watch("--prompt", "Hello", "--max-new-tokens", 8)
-    pieces = [(piece, passes) for piece, passes in screen.pieces if piece]
-    ids = model.generate(**processor.chat([("user", "Hello")]), max_new_tokens=8)[0]
-    assert pieces[:-1] == [(piece, i + 1) for i, piece in enumerate(turn.as_text(processor.tokenizer, ids))]
-    assert pieces[-1] == ("\n", 8)
-
-
-def test_only_whole_characters_are_shown(watch, monkeypatch):
-    say(monkeypatch, [*byte_ids("é猫🐈"), byte_ids("猫")[0]])
-    assert [piece for piece in watch().pieces if piece[0]] == [("é", 2), ("猫", 5), ("🐈", 9), ("\n", 10)]
 
 
 def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
@@ -334,67 +282,6 @@ def test_a_warning_is_a_notice(ask, tmp_path, pictures):
 # ----------------------------------------------------------------------------------------------------------------
 # Choices
 
-CHOICES = ["no", "yes", "a cat", "a circle and a square", "", "yes!"]
-
-
-def likelihoods(model, processor, images, turns, choices):
-    """log P of each whole answer and its end, by one full pass each, up to a constant that all of them share."""
-    scores = []
-    for words in choices:
-        inputs = processor.chat([*turns, ("user", "Is it red?"), ("assistant", words)], images)
-        ids, *_ = expanded(inputs["input_ids"])
-        assert ids[0, -1] == EOS
-        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        with torch.no_grad():
-            logits = model(**{name: x.double() if name == "pixel_values" else x for name, x in inputs.items()}).logits
-        start = len(ids[0]) - 1 - ids[0].tolist()[::-1].index(IMAGE) if images else 0  # behind the last picture
-        predicted = logits[0, start:-1].double().log_softmax(-1)
-        scores.append(predicted.gather(1, ids[0, start + 1 :, None]).sum())
-    return torch.stack(scores)
-
-
-@pytest.mark.parametrize("number", [0, 1, 2])
-def test_choices(main, pair, reference, monkeypatch, pictures, number):
-    model, processor, _ = pair
-    images = pictures[:number]
-    monkeypatch.setattr(llava, "load", lambda *_, **__: pair[:2])
-    found = main(*(["--image", *images] if images else []), "--prompt", "Is it red?", "--choices", *CHOICES)
-    assert found.status == 0 and found.err == ""
-    lines = [line.split("\t") for line in found.out.splitlines()]
-    assert [words for _, words in lines] == CHOICES
-    printed = torch.tensor([float(probability) for probability, _ in lines], dtype=torch.float64)
-    assert abs(printed.sum() - 1) < 1e-3 and (printed > 0.01).sum() > 1
-
-    prepared, preprocess = [], vision.preprocess
-    monkeypatch.setattr(vision, "preprocess", lambda *args: prepared.append(args) or preprocess(*args))
-    scores = []
-    monkeypatch.setattr(model, "score", lambda *args, score=model.score, **inputs: scores.append(score(*args, **inputs)) or scores[-1])
-    main(*(["--image", *images] if images else []), "--prompt", "Is it red?", "--choices", *CHOICES)
-    assert len(prepared) == number  # once, not once for each choice
-    for whole in (model, reference):
-        right = likelihoods(whole, processor, images, [], CHOICES)
-        torch.testing.assert_close(printed, right.softmax(0), rtol=0, atol=1e-4)
-        torch.testing.assert_close(scores[0] - scores[0][0], (right - right[0]).float(), rtol=1e-5, atol=1e-4)
-
-
-def test_choices_take_the_other_options(main, pairs, monkeypatch, pictures):
-    model, processor, _ = pairs["llama"]
-    monkeypatch.setattr(llava, "load", lambda *_, **__: (model, processor))
-
-    def choose(*more):
-        found = main("--image", pictures[0], "--prompt", "Is it red?", *more, "--choices", *CHOICES)
-        return found.err, torch.tensor([float(line.split("\t")[0]) for line in found.out.splitlines()])
-
-    plain, padded, authors = (choose(*more)[1] for more in ([], ["--pad"], ["--system", "authors"]))
-    right = likelihoods(model, processor, pictures[:1], [("system", cli.AUTHORS_SYSTEM)], CHOICES).softmax(0).float()
-    torch.testing.assert_close(authors, right, rtol=0, atol=1e-4)
-    assert not torch.equal(plain, padded) and not torch.equal(plain, authors)
-    err, again = choose("--show-prompt")
-    assert torch.equal(again, plain)
-    assert re.findall(r"^prompt: '(.*)'$", err, re.M) == [
-        rf"<s>USER: <image>\nIs it red? ASSISTANT: {words}</s>" for words in CHOICES
-    ]
-
 
 # ----------------------------------------------------------------------------------------------------------------
 # Mistakes: exit status 2, and one line that says what is wrong
@@ -559,15 +446,6 @@ def test_an_assertion_on_a_device_is_our_own_mistake(ask, monkeypatch):
     monkeypatch.setattr(llava.Llava, "stream", raising(RuntimeError("CUDA error: device-side assert triggered\n")))
     with pytest.raises(RuntimeError):
         ask("--prompt", "Hi")
-
-
-def test_a_system_without_the_figure_of_the_memory(ask, monkeypatch):
-    """Windows has no resource module."""
-    monkeypatch.setitem(sys.modules, "resource", None)
-    found = ask("--prompt", "Hi", "--max-new-tokens", 2)
-    assert found.status == 0 and re.match(
-        r"prefill \d+ ms, 2 tokens, \d+\.\d tokens/s, peak memory unknown\n", found.err
-    )
 
 
 def test_a_system_without_readline(monkeypatch):

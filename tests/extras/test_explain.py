@@ -136,9 +136,10 @@ def test_a_page_that_cannot_be_written_is_refused_at_once(main, where, monkeypat
 def test_nothing_of_it_is_imported_unless_asked_for(main, monkeypatch):
     import sys
 
-    monkeypatch.delitem(sys.modules, "explain")
-    assert main("--model", "tiny", "--image", SCENE).status == 0 and "explain" not in sys.modules
-    assert main("--model", "tiny", "--image", SCENE, "--trace").status == 0 and "explain" in sys.modules
+    monkeypatch.delitem(sys.modules, name := "extras.explain")
+    monkeypatch.delattr("extras.explain")
+    assert main("--model", "tiny", "--image", SCENE).status == 0 and name not in sys.modules
+    assert main("--model", "tiny", "--image", SCENE, "--trace").status == 0 and name in sys.modules
 
 
 # ----------------------------------------------------------------------------------------------------------------

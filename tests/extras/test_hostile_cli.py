@@ -35,10 +35,8 @@ from extras import cli
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "memfd_create"), reason="each case runs in a fork, and its streams are of Linux"
 )
-MEGABYTES, LARGE = (
-    450,
-    750,
-)  # what a case may add to the memory that torch and the modules take, and the largest picture
+MEGABYTES = 450  # what a case may add to the memory that torch and the modules take
+LARGE = 750  # the same for the largest picture
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +215,8 @@ CHECKPOINTS = {  # case: (a folder made from a good one, exit status, what stder
         with_nan, 2, r"notice: .*layers\.1\.mlp\.up_proj\.weight holds numbers that are not finite"),
     "a pipe in place of the config": (lambda b, t: with_file(b, t, "config.json", None), 2, "holds no config.json"),
     "a pipe in place of the weights": (lambda b, t: with_file(b, t, "model.safetensors", None), 2, "model.safetensors"),
-    "a config of a terabyte": (lambda b, t: with_file(b, t, "config.json", 10**12), 2, "config.json is larger than any real"),
+    "a config of a terabyte": (
+        lambda b, t: with_file(b, t, "config.json", 10**12), 2, "config.json is larger than any real"),
     "a tokenizer of a terabyte": (
         lambda b, t: with_file(b, t, "tokenizer.json", 10**12), 2, "tokenizer.json is larger than any real"),
     "a config nested a million deep": (lambda b, t: with_file(b, t, "config.json", b"[" * 10**6), 2, "not valid JSON"),

@@ -1,4 +1,4 @@
-"""notebooks/lens.py: what it hears is what the model computes,
+"""extras/lens.py: what it hears is what the model computes,
 and what it reads off is right where the answer is known.
 """
 
