@@ -84,7 +84,7 @@ class Ours:
         return {"input_ids": torch.tensor([ids]), "pixel_values": self.processor("<image>", picture())["pixel_values"]}
 
     def turns(self):
-        """Seconds to the first token of two questions about a picture: the second goes on from the first one's cache."""
+        """Seconds to the first token of two questions about a picture: the second goes on from the first's cache."""
         cache, seconds = self.model.init_kv_cache(1, 1024), []
         for more in (self.inputs(20), {"input_ids": torch.tensor([TEXT[:20]])}):
             begin = time.perf_counter()

@@ -58,7 +58,7 @@ def tiny(number):
 
 
 def wide(layers):
-    """A random model of the published widths. Its logits are nearly flat: the numbers compare schemes with one another."""
+    """A random model of the published widths. Its logits are nearly flat: the numbers only compare schemes."""
     with tempfile.TemporaryDirectory() as folder:
         peers.full_size.write(Path(folder), "7b", layers)
         torch.manual_seed(0)

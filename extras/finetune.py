@@ -65,7 +65,7 @@ def merge_lora(model):
 
 
 def read_questions(folder):
-    """questions.jsonl → [(picture's path, question, answer), ...]. Raises ValueError or OSError with a whole sentence."""
+    """questions.jsonl → [(picture's path, question, answer), ...]. Raises ValueError or OSError."""
     file = Path(folder) / "questions.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"there is no {file}: a line for each question, such as {EXAMPLE}")

@@ -14,7 +14,8 @@ The modules know nothing of this. Stages are named as in tests/parity.py, and a 
 
     letter   meaning
     N, P     pictures, patches of each
-    T        positions of a prompt
+    B, T, S  rows of the batch, positions that look, positions that are looked at
+    D, V     width of the language model, size of the vocabulary
 """
 
 import contextlib

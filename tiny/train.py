@@ -33,7 +33,8 @@ from tqdm import tqdm
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from llama import TextConfig, Tokenizer, fork_cache  # noqa: E402
+from extras.beams import fork_cache  # noqa: E402
+from llama import TextConfig, Tokenizer  # noqa: E402
 from llava import Llava, LlavaConfig, Processor, load, save  # noqa: E402
 from vision import PreprocessConfig, VisionConfig, preprocess  # noqa: E402
 

@@ -58,7 +58,7 @@ def test_they_import_the_modules_and_define_none_of_them(file):
     """Nothing but matplotlib beside what the modules need, no copy of the model, and links that lead somewhere."""
     notebook = run.read(file)
     ours = {path.stem for folder in (".", "notebooks", "tiny", "tests") for path in (ROOT / folder).glob("*.py")}
-    allowed = {"matplotlib", "torch", "PIL", "numpy", "safetensors"} | ours | set(sys.stdlib_module_names)
+    allowed = {"matplotlib", "torch", "PIL", "numpy", "safetensors", "extras"} | ours | set(sys.stdlib_module_names)
     for cell in code(notebook):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, ast.Import):
