@@ -43,7 +43,7 @@ def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
     """
     if list(model.buffers()):
         raise ValueError(
-            "a quantised or packed model cannot be saved: load it without quantize, compile or inference mode"
+            "a quantised, packed or split model cannot be saved: load it without quantize, compile or inference mode"
         )
     tensors = {
         weights.translate(name, weights.THEIRS): tensor.contiguous() for name, tensor in model.state_dict().items()
