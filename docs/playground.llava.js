@@ -6,9 +6,9 @@
 //   weights.* is weights.py    the file's numbers under our names
 //   llava.*   is llava.py      projector, merge, prompt, the loop over time
 //
-// The names are those of the Python, so is the order, and tests/parity.py compares the two stage by stage. What differs:
-// there is one picture and one row, so N and B are left out; a matrix (rows, columns) is one Float32Array, row after row;
-// sums are taken in double precision, as JavaScript does it, and every result is kept in float32. Letters: as in the Python.
+// The names are those of the Python, so is the order; tests/parity.py compares the two stage by stage. What differs:
+// there is one picture and one row, so N and B are left out; a matrix (rows, columns) is one Float32Array, row after
+// row; sums are taken in double precision, as JavaScript does it, and every result is kept in float32.
 //
 // `planted` names one of the bugs of notebook 6, or nothing. Each is one changed line in what really runs.
 
@@ -21,35 +21,62 @@ const BUGS = {
   rope: { stage: "llama.1", says: "The words have no position (no rotation in RoPE)" },
 };
 
-// x Wᵀ + b for x (rows, inputs), W (outputs, inputs): torch's nn.Linear. Two rows and four outputs at a time, so that each
-// number that is fetched is used more than once; of an odd number of rows the last is computed twice.
-function linear(x, { weight, bias, inputs, outputs }) {
-  const rows = x.length / inputs, y = new Float32Array(rows * outputs);
-  for (let row = 0; row < rows; row += 2) {
-    const next = Math.min(row + 1, rows - 1), x0 = row * inputs, x1 = next * inputs;
+// x Wᵀ + b for x (rows, inputs), W (outputs, inputs): torch's nn.Linear, where nearly all of the time goes. Four
+// outputs of W lie side by side, and four rows of x are taken at once: each number that is fetched is used four times.
+function linear(x, layer) {
+  const { bias, inputs, outputs } = layer, w = layer.packed ??= pack(layer), rows = x.length / inputs, end = 4 * inputs;
+  const y = new Float32Array(rows * outputs), four = new Float64Array(end);
+  let row = 0;
+  for (; row + 4 <= rows; row += 4) {
+    for (let i = 0; i < end; i++) four[i] = x[(row + i % 4) * inputs + (i >> 2)];
     for (let out = 0; out < outputs; out += 4) {
-      const w0 = out * inputs, w1 = w0 + inputs, w2 = w1 + inputs, w3 = w2 + inputs;
-      let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-      for (let i = 0; i < inputs; i++) {
-        const a = x[x0 + i], b = x[x1 + i], p = weight[w0 + i], q = weight[w1 + i], r = weight[w2 + i], s = weight[w3 + i];
+      let a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0; // a row of x each: a, b, c, d
+      let c0 = 0, c1 = 0, c2 = 0, c3 = 0, d0 = 0, d1 = 0, d2 = 0, d3 = 0;
+      for (let i = 0, at = out * inputs; i < end; i += 4, at += 4) {
+        const a = four[i], b = four[i + 1], c = four[i + 2], d = four[i + 3];
+        const p = w[at], q = w[at + 1], r = w[at + 2], s = w[at + 3];
         a0 += a * p; a1 += a * q; a2 += a * r; a3 += a * s;
         b0 += b * p; b1 += b * q; b2 += b * r; b3 += b * s;
+        c0 += c * p; c1 += c * q; c2 += c * r; c3 += c * s;
+        d0 += d * p; d1 += d * q; d2 += d * r; d3 += d * s;
       }
-      if (bias) {
-        a0 += bias[out]; a1 += bias[out + 1]; a2 += bias[out + 2]; a3 += bias[out + 3];
-        b0 += bias[out]; b1 += bias[out + 1]; b2 += bias[out + 2]; b3 += bias[out + 3];
-      }
-      let at = next * outputs + out;
-      y[at] = b0; y[at + 1] = b1; y[at + 2] = b2; y[at + 3] = b3;
-      at = row * outputs + out;
-      y[at] = a0; y[at + 1] = a1; y[at + 2] = a2; y[at + 3] = a3;
+      let at = row * outputs + out;
+      y[at] = a0; y[at + 1] = a1; y[at + 2] = a2; y[at + 3] = a3; at += outputs;
+      y[at] = b0; y[at + 1] = b1; y[at + 2] = b2; y[at + 3] = b3; at += outputs;
+      y[at] = c0; y[at + 1] = c1; y[at + 2] = c2; y[at + 3] = c3; at += outputs;
+      y[at] = d0; y[at + 1] = d1; y[at + 2] = d2; y[at + 3] = d3;
     }
   }
+  for (; row < rows; row++) // those that are left over, and the one row of a step
+    for (let out = 0; out < outputs; out += 4) {
+      let a0 = 0, a1 = 0, a2 = 0, a3 = 0;
+      for (let i = row * inputs, at = out * inputs; i < (row + 1) * inputs; i++, at += 4) {
+        const a = x[i];
+        a0 += a * w[at]; a1 += a * w[at + 1]; a2 += a * w[at + 2]; a3 += a * w[at + 3];
+      }
+      const at = row * outputs + out;
+      y[at] = a0; y[at + 1] = a1; y[at + 2] = a2; y[at + 3] = a3;
+    }
+  if (bias) for (let i = 0; i < y.length; i++) y[i] += bias[i % outputs];
   return y; // (rows, outputs)
+}
+
+// W (outputs, inputs) → the same numbers, those of four outputs at each input side by side.
+function pack({ weight, inputs, outputs }) {
+  const packed = new Float32Array(weight.length);
+  for (let out = 0; out < outputs; out++)
+    for (let i = 0; i < inputs; i++) packed[(out - out % 4) * inputs + 4 * i + out % 4] = weight[out * inputs + i];
+  return packed;
 }
 
 const add = (x, y) => x.map((number, i) => number + y[i]);
 const range = n => Array.from({ length: n }, (_, i) => i);
+
+function dot(x, at, y, there, length) {
+  let sum = 0;
+  for (let i = 0; i < length; i++) sum += x[at + i] * y[there + i];
+  return sum;
+}
 
 // The scores of one query become weights that add up to 1.
 function softmax(scores, length) {
@@ -105,8 +132,9 @@ const vision = {
     return [w, h, Math.floor((w - config.crop_size.width) / 2), Math.floor((h - config.crop_size.height) / 2)];
   },
 
-  // Pillow's Image.resize with BICUBIC, to the byte: across, then down, with whole-number weights of 22 bits. Since Pillow 13
-  // a picture that loses twice as many rows as columns is resized down first; the bytes between are rounded, so that shows.
+  // Pillow's Image.resize with BICUBIC, to the byte: across, then down, with whole-number weights of 22 bits. Since
+  // Pillow 13 a picture that loses over twice as many rows as columns is resized down first: what lies between is
+  // rounded to bytes, so that this shows.
   resize(image, width, height) {
     const tall = image.height > height && image.height - height > 2 * (image.width - width);
     for (const across of tall ? [false, true] : [true, false]) {
@@ -122,7 +150,8 @@ const vision = {
     const step = across ? 3 : 3 * width; // from one byte to the next along the line that is resized
     for (let i = 0; i < size; i++) {
       const centre = (i + 0.5) * scale;
-      const first = Math.max(0, Math.trunc(centre - reach + 0.5)), end = Math.min(length, Math.trunc(centre + reach + 0.5));
+      const first = Math.max(0, Math.trunc(centre - reach + 0.5));
+      const end = Math.min(length, Math.trunc(centre + reach + 0.5));
       const weights = range(end - first).map(k => vision.bicubic((k + first - centre + 0.5) / wide));
       const sum = weights.reduce((a, b) => a + b, 0);
       const whole = weights.map(w => Math.trunc((w / sum) * (1 << 22) + (w / sum < 0 ? -0.5 : 0.5)));
@@ -160,21 +189,16 @@ const vision = {
   // Every patch looks at every patch: softmax(q kᵀ / √E) v, in A heads side by side.
   attention(x, { wq, wk, wv, wo }, heads) {
     const q = linear(x, wq), k = linear(x, wk), v = linear(x, wv), D = wq.outputs; // (S, D)
-    const S = x.length / D, E = D / heads, y = new Float32Array(S * D), scores = new Float64Array(S);
+    const S = x.length / D, E = D / heads, y = new Float32Array(S * D);
+    const scores = new Float64Array(S), sum = new Float64Array(E);
     for (let head = 0; head < heads; head++)
       for (let s = 0; s < S; s++) {
-        for (let t = 0; t < S; t++) {
-          let sum = 0;
-          for (let e = head * E; e < (head + 1) * E; e++) sum += q[s * D + e] * k[t * D + e];
-          scores[t] = sum / Math.sqrt(E);
-        }
+        for (let t = 0; t < S; t++) scores[t] = dot(q, s * D + head * E, k, t * D + head * E, E) / Math.sqrt(E);
         softmax(scores, S);
-        const at = planted === "flatten" ? (head * S + s) * E : s * D + head * E;
-        for (let e = 0; e < E; e++) {
-          let sum = 0;
-          for (let t = 0; t < S; t++) sum += scores[t] * v[t * D + head * E + e];
-          y[at + e] = sum;
-        }
+        sum.fill(0);
+        for (let t = 0; t < S; t++)
+          for (let e = 0, at = t * D + head * E; e < E; e++) sum[e] += scores[t] * v[at + e];
+        y.set(sum, planted === "flatten" ? (head * S + s) * E : s * D + head * E);
       }
     return linear(y, wo); // (S, D)
   },
@@ -184,8 +208,9 @@ const vision = {
   },
 
   block(x, { norm1, attention, norm2, mlp }, config) {
-    x = add(x, vision.attention(vision.layer_norm(x, norm1, config.layer_norm_eps), attention, config.num_attention_heads));
-    return add(x, vision.mlp(vision.layer_norm(x, norm2, config.layer_norm_eps), mlp)); // (S, D)
+    const { num_attention_heads: heads, layer_norm_eps: eps } = config;
+    x = add(x, vision.attention(vision.layer_norm(x, norm1, eps), attention, heads));
+    return add(x, vision.mlp(vision.layer_norm(x, norm2, eps), mlp)); // (S, D)
   },
 
   // Pixels (3, H, W) → the patches' embeddings (S, D): a class token, then one linear layer applied to each patch.
@@ -209,7 +234,8 @@ const vision = {
   tower(pixels, layers, model, config) {
     layers = layers.map(layer => layer < 0 ? layer + model.blocks.length + 1 : layer);
     const states = [vision.embed(pixels, model, config)];
-    for (const block of model.blocks.slice(0, Math.max(...layers))) states.push(vision.block(states.at(-1), block, config));
+    for (const block of model.blocks.slice(0, Math.max(...layers)))
+      states.push(vision.block(states.at(-1), block, config));
     return layers.map(layer => states[layer]);
   },
 };
@@ -234,7 +260,8 @@ const llama = {
   // Text → ids, without <s>. Special tokens in it are ordinary letters.
   encode(text, { vocab, rank }) {
     if (!text) return [];
-    const bytes = letter => [...new TextEncoder().encode(letter)].map(b => `<0x${b.toString(16).toUpperCase().padStart(2, "0")}>`);
+    const hex = byte => `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`;
+    const bytes = letter => Array.from(new TextEncoder().encode(letter), hex);
     const pieces = [...("▁" + text).replaceAll(" ", "▁")].flatMap(letter => letter in vocab ? [letter] : bytes(letter));
     for (;;) { // join the pair that was learnt first, the leftmost of them, until none is left
       let best = Infinity, at = -1;
@@ -305,28 +332,26 @@ const llama = {
 
   // softmax(q kᵀ / √E) v over the keys up to one's own. q (T, H · E); k, v (S, K · E). watch(t, weights): hears them.
   attend(q, k, v, past, { num_attention_heads: H, num_key_value_heads: K, head_dim: E }, watch) {
-    const T = q.length / (H * E), y = new Float32Array(q.length), scores = new Float64Array(past + T);
+    const T = q.length / (H * E), y = new Float32Array(q.length);
+    const scores = new Float64Array(past + T), sum = new Float64Array(E);
     for (let head = 0; head < H; head++)
       for (let t = 0; t < T; t++) {
-        const from = t * H * E + head * E, shared = Math.floor(head / (H / K)) * E, S = past + t + 1; // causal: no later key
-        for (let s = 0; s < S; s++) {
-          let sum = 0;
-          for (let e = 0; e < E; e++) sum += q[from + e] * k[s * K * E + shared + e];
-          scores[s] = sum / Math.sqrt(E);
-        }
+        const from = t * H * E + head * E, shared = Math.floor(head / (H / K)) * E;
+        const S = past + t + 1; // causal: no later key
+        for (let s = 0; s < S; s++) scores[s] = dot(q, from, k, s * K * E + shared, E) / Math.sqrt(E);
         softmax(scores, S);
         if (watch) watch(past + t, scores);
-        for (let e = 0; e < E; e++) {
-          let sum = 0;
-          for (let s = 0; s < S; s++) sum += scores[s] * v[s * K * E + shared + e];
-          y[from + e] = sum;
-        }
+        sum.fill(0);
+        for (let s = 0; s < S; s++)
+          for (let e = 0, at = s * K * E + shared; e < E; e++) sum[e] += scores[s] * v[at + e];
+        y.set(sum, from);
       }
     return y; // (T, H · E)
   },
 
   attention(x, { wq, wk, wv, wo }, cos, sin, cached, past, config, watch) {
-    const E = config.head_dim, q = llama.rotate(linear(x, wq), cos, sin, E), k = llama.rotate(linear(x, wk), cos, sin, E);
+    const E = config.head_dim;
+    const q = llama.rotate(linear(x, wq), cos, sin, E), k = llama.rotate(linear(x, wk), cos, sin, E);
     cached.keys.set(k, past * wk.outputs);
     cached.values.set(linear(x, wv), past * wv.outputs);
     return linear(llama.attend(q, cached.keys, cached.values, past, config, watch), wo); // (T, D)
@@ -383,7 +408,8 @@ const weights = {
     ["language_model.lm_head.", "llama.head."],
     [".layer_norm", ".norm"], [".self_attn.", ".attention."], [".input_layernorm.", ".attention_norm."],
     [".post_attention_layernorm.", ".mlp_norm."], [".q_proj.", ".wq."], [".k_proj.", ".wk."], [".v_proj.", ".wv."],
-    [".out_proj.", ".wo."], [".o_proj.", ".wo."], [".gate_proj.", ".gate."], [".up_proj.", ".up."], [".down_proj.", ".down."],
+    [".out_proj.", ".wo."], [".o_proj.", ".wo."], [".gate_proj.", ".gate."], [".up_proj.", ".up."],
+    [".down_proj.", ".down."],
   ],
 
   our_name: name => weights.NAMES.reduce((ours, [theirs, own]) => ours.replace(theirs, own), name),
@@ -474,7 +500,7 @@ const llava = {
     return input_ids.flatMap(id => id === config.image_token_index ? Array(P).fill(id) : [id]);
   },
 
-  // The one loop over time: prefill, then choose and step in turn. Yields each id with its logits, until the end of the answer.
+  // The one loop over time: prefill, then choose and step in turn. Yields each id with its logits, to the answer's end.
   // note(name, numbers, width): hears each stage. watch: see llama.attend.
   *stream(input_ids, pixel_values, model, note, watch) {
     const { config: { text_config }, eos } = model, room = text_config.max_position_embeddings;
@@ -492,7 +518,12 @@ const llava = {
     }
   },
 
-  sample: logits => logits.indexOf(logits.reduce((a, b) => Math.max(a, b))), // greedy: the likeliest
+
+  sample(logits) { // greedy: the likeliest
+    let best = 0;
+    for (let i = 1; i < logits.length; i++) if (logits[i] > logits[best]) best = i;
+    return best;
+  },
 
   // What is done to the picture before the eye sees it: nothing, a plain cover, or its patches in another order.
   change(pixels, how, { image_size, patch_size }) {
@@ -504,8 +535,8 @@ const llava = {
       const [x, y, u, v] = [patch % grid, Math.floor(patch / grid), from % grid, Math.floor(from / grid)];
       for (let c = 0; c < 3; c++)
         for (let line = 0; line < patch_size; line++) {
-          const start = ((c * grid + v) * patch_size + line) * image_size + u * patch_size;
-          out.set(pixels.subarray(start, start + patch_size), ((c * grid + y) * patch_size + line) * image_size + x * patch_size);
+          const at = (row, column) => ((c * grid + row) * patch_size + line) * image_size + column * patch_size;
+          out.set(pixels.subarray(at(v, u), at(v, u) + patch_size), at(y, x));
         }
     }
     return out;
@@ -515,7 +546,8 @@ const llava = {
 // ---------------------------------------------------------------------------------------------------------------------
 // What the page asks for. From here on there is nothing of LLaVA: it is written down what happened.
 
-// Attention of words on patches, a row for each word → how much more each looks there than all do on average (extras/lens.py).
+// Attention of words on patches, a row for each word → how much more each looks there than all do on average, as in
+// extras/lens.py.
 function without_sinks(rows) {
   const mean = rows[0].map((_, i) => rows.reduce((sum, row) => sum + row[i] / rows.length, 0));
   return rows.map(row => row.map((weight, i) => Math.max(0, weight - mean[i])));
@@ -525,12 +557,13 @@ function without_sinks(rows) {
 function stages(model, image, question, change) {
   const { config, P } = model, ids = llava.expand(llava.chat(question, model), model), found = {}, seen = {};
   const pixels = llava.change(vision.preprocess(image, model.preprocess_config), change, config.vision_config);
-  const size = config.vision_config.image_size, put = (name, data, ...shape) => found[name] = { shape: [1, ...shape], data };
+  const size = config.vision_config.image_size;
+  const put = (name, data, ...shape) => found[name] = { shape: [1, ...shape], data };
   llava.stream(ids, pixels, model, (name, data, width) => seen[name] = [data, data.length / width, width]).next();
   put("ids", Float32Array.from(ids), ids.length);
   put("pixels", pixels, 3, size, size);
-  vision.tower(pixels, range(model.vision.blocks.length + 1), model.vision, config.vision_config)
-    .forEach((state, i) => put(`vision.${i}`, state, P + 1, config.vision_config.hidden_size)); // the one that is not used, too
+  vision.tower(pixels, range(model.vision.blocks.length + 1), model.vision, config.vision_config) // the unused one, too
+    .forEach((state, i) => put(`vision.${i}`, state, P + 1, config.vision_config.hidden_size));
   for (const name of Object.keys(seen).filter(name => !name.startsWith("vision"))) put(name, ...seen[name]);
   const logits = linear(found[`llama.${model.llama.blocks.length}`].data, model.llama.head);
   put("logits", logits, ids.length, model.llama.head.outputs);
@@ -539,11 +572,12 @@ function stages(model, image, question, change) {
 
 // Yields { word } for each of at most `limit` tokens, at last { done }: where each looked, and every stage on the way.
 function* answer(model, image, question, change, limit = Infinity) {
-  const began = performance.now(), { config, tokenizer, P } = model, D = config.text_config.hidden_size;
+  const began = performance.now(), { config, tokenizer, P } = model;
   const ids = llava.expand(llava.chat(question, model), model), first = ids.lastIndexOf(config.image_token_index) + 1;
   if (ids.length >= config.text_config.max_position_embeddings) throw new Error("The question is too long for tiny.");
   const pixels = llava.change(vision.preprocess(image, model.preprocess_config), change, config.vision_config);
-  const looks = [], found = { pixels }, said = [], share = 1 / (model.llama.blocks.length * config.text_config.num_attention_heads);
+  const looks = [], found = { pixels }, said = [];
+  const share = 1 / (model.llama.blocks.length * config.text_config.num_attention_heads);
   const watch = (t, scores) => { // the mean over blocks and heads of what a word behind the picture looks at on it
     if (t < first) return;
     const look = looks[t - first] ??= new Float32Array(P);
@@ -553,20 +587,24 @@ function* answer(model, image, question, change, limit = Infinity) {
   for (const { id, logits } of llava.stream(ids, pixels, model, (name, data) => found[name] = data, watch)) {
     said.push(id);
     const chances = softmax(Float64Array.from(logits), logits.length), text = llama.decode(said, tokenizer);
-    const order = [...chances.keys()].sort((a, b) => chances[b] - chances[a]).filter(other => other !== id).slice(0, 5);
+    const others = [], left = chances.slice();
+    for (let token = id; others.length < 5; others.push(token)) { // the likeliest of those that are left
+      left[token] = -1;
+      token = llava.sample(left);
+    }
     const written = token => (tokenizer.tokens[token] ?? `id ${token}`).replaceAll("▁", " ");
     let piece = "";
     if (!text.endsWith("\ufffd")) { // the bytes of a character wait for the rest
       piece = text.slice(shown).replaceAll("\ufffd", "");
       shown = text.length;
     }
-    yield { word: { id, text: piece || written(id), end: model.eos.includes(id), p: chances[id], ms: performance.now() - began,
-      others: order.map(other => [written(other), chances[other]]), logits } };
+    yield { word: { id, text: piece || written(id), end: model.eos.includes(id), p: chances[id], logits,
+      others: others.map(other => [written(other), chances[other]]), ms: performance.now() - began } };
     if (said.length >= limit) break;
   }
   const question_words = ids.length - first; // the last of them chose the answer's first word
   const labels = ids.map(id => id === config.image_token_index ? null : tokenizer.tokens[id].replaceAll("▁", " "));
-  yield { done: { text: llama.decode(said, tokenizer), ids: said, ms: performance.now() - began, stages: found, labels, P, D,
+  yield { done: { text: llama.decode(said, tokenizer), ids: said, ms: performance.now() - began, stages: found, labels,
     share: looks.slice(question_words - 1).map(look => look.reduce((a, b) => a + b)),
     looks: without_sinks(looks).slice(question_words - 1) } };
 }

@@ -3,8 +3,8 @@
     python docs/playground.py            write the page
     python docs/playground.py --check    exit status 1 if the page is older than what it is made of
 
-It is made of playground.template.html (the page), playground.llava.js (LLaVA in JavaScript, to be read beside the Python),
-playground.page.js (what a person does) and the files of tiny/. Nothing is computed: the weights go in as they are stored.
+It is made of playground.template.html (the page), playground.llava.js (LLaVA in JavaScript, to be read beside the
+Python), playground.page.js (what a person does) and the files of tiny/. The weights go in as they are stored.
 """
 
 import argparse
