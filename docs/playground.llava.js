@@ -14,11 +14,19 @@
 
 let planted = "";
 const BUGS = {
-  channels: { stage: "pixels", says: "Red and blue are swapped when the picture is read" },
-  flatten: { stage: "vision.1", says: "The eye's heads are flattened before they stand side by side" },
-  class: { stage: "projector", says: "The class token is kept, and the last patch is dropped" },
-  late: { stage: "projector", says: "The eye is read one block too late" },
-  rope: { stage: "llama.1", says: "The words have no position (no rotation in RoPE)" },
+  channels: { stage: "pixels", says: "Red and blue are swapped",
+    means: "Some programs store a colour as red, green, blue, others the other way round. Here they are mixed up." },
+  flatten: { stage: "vision.1", says: "The eye’s heads are laid out wrongly",
+    means: "The eye looks in several ways at once, its heads. Here their results are not put side by side, but one " +
+      "behind the other: all numbers are there, in the wrong places." },
+  class: { stage: "projector", says: "The class token is kept",
+    means: "In front of the patches the eye keeps one vector for the whole picture. Who forgets to drop it moves " +
+      "every patch on by one place, and loses the last." },
+  late: { stage: "projector", says: "The eye is read one block late",
+    means: "LLaVA reads the eye one block before its end. Here it reads the end itself, which it was not trained on." },
+  rope: { stage: "llama.1", says: "The words have no order",
+    means: "The decoder turns its numbers by an angle that says where each word stands (RoPE). Here that angle is " +
+      "always zero: it has the words, but not their order." },
 };
 
 // x Wᵀ + b for x (rows, inputs), W (outputs, inputs): torch's nn.Linear, where nearly all of the time goes. Four

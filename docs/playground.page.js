@@ -197,19 +197,19 @@ function nameOf(thing, things, hide = []) {
 }
 const QUESTIONS = {
   describe: () => "Describe the image.",
-  colour: (thing, things) => `What colour is ${nameOf(thing, things, ["colour"])}?`,
-  shape: (thing, things) => `What shape is ${nameOf(thing, things, ["shape"])}?`,
-  count: (thing, _, turn) =>
+  "which colour": (thing, things) => `What colour is ${nameOf(thing, things, ["colour"])}?`,
+  "which shape": (thing, things) => `What shape is ${nameOf(thing, things, ["shape"])}?`,
+  "how many": (thing, _, turn) =>
     `How many ${["objects", `${thing.colour} objects`, `${thing.shape}s`][turn % 3]} are there?`,
   where: (thing, things) => `Where is ${nameOf(thing, things, ["place"])}?`,
-  relation: (thing, things) => {
+  "left or above": (thing, things) => {
     const other = things.find(t => t !== thing && cell(t) !== cell(thing));
     if (!other) return null;
     const beside = cell(thing) % 3 !== cell(other) % 3;
     const names = [thing, other].map(t => nameOf(t, things, ["place"]));
     return `Is ${names[0]} ${beside ? "left of" : "above"} ${names[1]}?`;
   },
-  "yes or no": (thing, _, turn) => {
+  "is there": (thing, _, turn) => {
     const colour = turn % 2 ? pick(Object.keys(COLOURS)) : thing.colour;
     return `Is there ${/^[aeiou]/.test(colour) ? "an" : "a"} ${colour} ${thing.shape}?`;
   },
@@ -220,7 +220,7 @@ const QUESTIONS = {
 
 const state = {
   scene: {
-    ground: LIGHT,
+    ground: matchMedia("(prefers-color-scheme: dark)").matches ? DARK : LIGHT,
     things: [
       placed(1, "circle", "blue", "small", 0),
       placed(3, "triangle", "green", "large", 0),
@@ -589,11 +589,12 @@ function answered() {
   document.body.dataset.ms = done.ms.toFixed(1);
   clearTimeout(speaking);
   speaking = setTimeout(() => ($("said").textContent = `tiny says: ${done.text}`), 700); // once, when it is settled
-  if (state.pinned === null && !document.body.dataset.ready) {
+  if (state.pinned === null && !("ready" in document.body.dataset)) {
     // at first, light the word that looked most closely at one place
     const peaks = done.looks.map(look => Math.max(...look));
     state.pinned = peaks.indexOf(Math.max(...peaks));
   }
+  if (!("ready" in document.body.dataset)) setTimeout(() => refresh(), 300); // the first time was a cold start
   document.body.dataset.ready = "";
   drawAnswer();
   const road = $("road").getBoundingClientRect();
@@ -768,8 +769,12 @@ $("answer").addEventListener("keydown", event => {
 // Breaking it
 
 const labels = { cover: "The picture is covered", shuffle: "The patches are shuffled" };
+const meanings = {
+  cover: "Instead of the picture the eye gets one plain colour.",
+  shuffle: "The picture is cut into its squares, and these are laid down in another order: see below, at the patches.",
+};
 function drawSwitch(bugs) {
-  for (const [name, { says }] of Object.entries(bugs)) labels[name] = says;
+  for (const [name, { says, means }] of Object.entries(bugs)) [labels[name], meanings[name]] = [says, means];
   for (const [name, text] of [["", "As it is"], ...Object.entries(labels)]) {
     const input = make("input", { type: "radio", name: "switch", value: name });
     input.checked = !name;
@@ -782,6 +787,7 @@ function breakIt(name) {
   const isChange = name === "cover" || name === "shuffle";
   Object.assign(state, { bug: isChange ? "" : name, change: isChange ? name : "", before: null, done: null });
   for (const input of $("switch").querySelectorAll("input")) input.checked = input.value === name;
+  $("means").textContent = meanings[name] ?? "";
   if (!name) drawComparison((comparing = null));
   refresh(true);
 }
@@ -911,7 +917,11 @@ function drawRoad() {
   matrix(views.decoder.canvas, done.stages[`llama.${voice.num_hidden_layers}`], voice.hidden_size);
   const { logits } = chosenWord(done),
     mean = logits.reduce((a, b) => a + b) / logits.length;
-  matrix(views.words.canvas, logits.map(x => x - mean), COLUMNS);
+  matrix(
+    views.words.canvas,
+    logits.map(x => x - mean),
+    COLUMNS,
+  );
   const shapes = {
     pixels: `3 × ${size} × ${size}`,
     patches: `${grid * grid} × ${3 * patch * patch}`,

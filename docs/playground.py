@@ -1,7 +1,8 @@
 """Makes docs/playground.html: tiny, live in a browser, in one file that needs no network and no server.
 
-    python docs/playground.py            write the page
-    python docs/playground.py --check    exit status 1 if the page is older than what it is made of
+    python docs/playground.py                 write the page
+    python docs/playground.py --screenshot    and docs/playground.png, with chromium and playwright
+    python docs/playground.py --check         exit status 1 if the page is older than what it is made of
 
 It is made of playground.template.html (the page), playground.llava.js (LLaVA in JavaScript, to be read beside the
 Python), playground.page.js (what a person does) and the files of tiny/. The weights go in as they are stored.
@@ -11,6 +12,7 @@ import argparse
 import base64
 import json
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -62,8 +64,33 @@ def build(tiny=TINY):
     return re.sub(r"%%(\w+)%%", lambda found: parts[found[1]], template)
 
 
+def screenshot():
+    """The page while a shape is moved, at a word that tells where it is."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1180, "height": 720})
+        tab.goto(PAGE.as_uri())
+        tab.wait_for_selector("body[data-ready]", state="attached")
+        star = tab.locator(".thing[aria-label*=star]")
+        star.hover()
+        tab.mouse.down()
+        board = tab.locator("#board").bounding_box()
+        tab.mouse.move(board["x"] + 0.8 * board["width"], board["y"] + 0.82 * board["height"], steps=20)
+        tab.wait_for_function("!running && !wanted")
+        tab.mouse.up()
+        tab.locator("#answer button", has_text="star").click()
+        tab.mouse.move(2, 2)
+        tab.wait_for_timeout(1000)
+        tab.screenshot(path=PAGE.with_suffix(".png"))
+        browser.close()
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--screenshot", action="store_true", help="make docs/playground.png as well")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
     options = parser.parse_args(arguments)
     page = build()
@@ -73,6 +100,8 @@ def main(arguments=None):
         return int(stale)
     PAGE.write_text(page, encoding="utf-8", newline="\n")
     print(f"{PAGE.name}: {PAGE.stat().st_size / 1e6:.2f} MB")
+    if options.screenshot:
+        screenshot()
     return 0
 
 
