@@ -27,22 +27,27 @@ CONFIGS = {  # as the page calls them → the file in tiny/
     "tokenizer": "tokenizer.json",
 }
 NEEDED = {  # what the JavaScript takes for granted: it has no other branch
-    "model_type": "llava",
-    "vision_feature_select_strategy": "default",
-    "tie_word_embeddings": False,
-    "text_config.model_type": "llama",
-    "text_config.sliding_window": None,
-    "vision_config.model_type": "clip_vision_model",
-    "vision_config.hidden_act": "quick_gelu",
+    "config.model_type": "llava",
+    "config.vision_feature_select_strategy": "default",
+    "config.text_config.model_type": "llama",
+    "config.text_config.sliding_window": None,
+    "config.text_config.tie_word_embeddings": False,
+    "config.vision_config.model_type": "clip_vision_model",
+    "config.vision_config.hidden_act": "quick_gelu",
+    "preprocessor.resample": 3,
+    "preprocessor.do_pad": False,
+    "tokenizer.pre_tokenizer": None,
+    "tokenizer.model.type": "BPE",
+    "tokenizer.model.byte_fallback": True,
 }
 
 
-def check(config):
+def check(configs):
     """Refuse a tiny that the page would compute wrongly. Raises ValueError."""
     for path, wanted in NEEDED.items():
-        found = config
+        found = configs
         for key in path.split("."):
-            found = found.get(key)
+            found = found[key]
         if found != wanted:
             raise ValueError(f"{path} of tiny is {found!r}, and the page can do only {wanted!r}")
 
@@ -50,7 +55,7 @@ def check(config):
 def build(tiny=TINY):
     """The page as a string."""
     configs = {name: json.loads((tiny / file).read_text(encoding="utf-8")) for name, file in CONFIGS.items()}
-    check(configs["config"])
+    check(configs)
     parts = {
         "port": (DOCS / "playground.llava.js").read_text(encoding="utf-8").strip(),
         "page": (DOCS / "playground.page.js").read_text(encoding="utf-8").strip(),

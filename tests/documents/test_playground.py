@@ -110,13 +110,14 @@ def browser():
 class Tab:
     """The page in a tab of its own; whatever it complains about is kept."""
 
-    def __init__(self, browser, **context):
+    def __init__(self, browser, before="", **context):
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
         self.page, self.complaints, self.requests = self.context.new_page(), [], []
         self.page.set_default_timeout(120_000)
         self.page.on("console", self.heard)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.add_init_script(before)
         self.page.goto(playground.PAGE.as_uri())
         self.page.wait_for_selector("body[data-ready]", state="attached")
 
@@ -237,6 +238,16 @@ def test_ask_answers_in_words_whatever_the_size_of_the_picture(tab, tiny):
         text = tab.run(f"{READ} await llava.ready; return llava.ask(read(a), b);", raw(picture), "Describe the image.")
         ids = model.generate(**asked(picture, "Describe the image.", processor), max_new_tokens=128)
         assert text == processor.decode(ids[0])
+
+
+def test_it_works_where_no_worker_is_allowed(browser, tiny):
+    tab = Tab(browser, before="delete window.Worker;")
+    model, processor = tiny
+    image, _ = scenes.draw(4)
+    text = tab.run(f"{READ} return llava.ask(read(a), b);", raw(image), "Describe the image.")
+    ids = model.generate(**asked(image, "Describe the image.", processor), max_new_tokens=128)
+    assert text == processor.decode(ids[0]) and tab.complaints == []
+    tab.context.close()
 
 
 def against(stages, tmp_path, capsys):
