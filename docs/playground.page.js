@@ -237,7 +237,8 @@ const state = {
   words: [], // of the answer, as they come
   done: null, // the answer, once it is complete
   before: null, // the answer before a shape was moved
-  pinned: null, // the number of the word that was clicked
+  lit: true, // whether one word is to show where it looked
+  pinned: null, // the number of that word
   pointed: null, // the number of the word that is pointed at
   patch: 24, // where one points on the road
   token: null, // or there: a position of the prompt, a piece of the vocabulary
@@ -551,7 +552,7 @@ async function next() {
 }
 
 function ask(question) {
-  Object.assign(state, { question, before: null, done: null, words: [], pointed: null });
+  Object.assign(state, { question, before: null, done: null, words: [], pinned: null, pointed: null });
   $("question").value = question;
   drawAnswer();
   refresh(true);
@@ -589,9 +590,9 @@ function answered() {
   document.body.dataset.ms = done.ms.toFixed(1);
   clearTimeout(speaking);
   speaking = setTimeout(() => ($("said").textContent = `tiny says: ${done.text}`), 700); // once, when it is settled
-  if (state.pinned === null && !("ready" in document.body.dataset)) {
-    // at first, light the word that looked most closely at one place
-    const peaks = done.looks.map(look => Math.max(...look));
+  if (state.lit && state.pinned === null) {
+    // to begin with, the word that looked most closely at one place
+    const peaks = done.looks.map((look, i) => (done.words[i].end ? -1 : Math.max(...look)));
     state.pinned = peaks.indexOf(Math.max(...peaks));
   }
   if (!("ready" in document.body.dataset)) setTimeout(() => refresh(), 300); // the first time was a cold start
@@ -660,9 +661,11 @@ function drawChanged() {
     pairs = said.map((word, i) => [old[i], word]).filter(([a, b]) => a !== b);
   $("changed").textContent = !pairs.length
     ? ""
-    : old.length === said.length && pairs.length <= 3
-      ? `New: ${pairs.map(([a, b]) => `“${b}”, before it was “${a}”`.replaceAll(/[.,](?=”)/g, "")).join("; ")}.`
-      : "New words are marked.";
+    : before.text.length < 30
+      ? `Before you changed the picture: “${before.text}”.`
+      : old.length === said.length && pairs.length <= 3
+        ? `New: ${pairs.map(([a, b]) => `“${b}”, before it was “${a}”`.replaceAll(/[.,](?=”)/g, "")).join("; ")}.`
+        : "New words are marked.";
 }
 
 const percent = p => (p >= 0.9995 ? "100%" : p < 0.0005 ? "< 0.1%" : `${(100 * p).toFixed(1)}%`);
@@ -738,6 +741,7 @@ $("answer").addEventListener("click", event => {
   const i = [...$("answer").children].indexOf(event.target);
   if (i < 0) return;
   state.pinned = state.pinned === i && event.detail ? null : i;
+  state.lit = state.pinned !== null;
   state.pointed = null;
   drawAnswer();
   drawRoad();
@@ -756,9 +760,9 @@ $("answer").addEventListener("keydown", event => {
   const buttons = [...$("answer").children],
     i = buttons.indexOf(event.target);
   const to = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: buttons.length - 1 }[event.key];
-  if (event.key === "Escape") state.pinned = state.pointed = null;
+  if (event.key === "Escape") Object.assign(state, { pinned: null, pointed: null, lit: false });
   else if (to === undefined || !buttons[to]) return;
-  else state.pinned = to;
+  else Object.assign(state, { pinned: to, lit: true });
   event.preventDefault();
   drawAnswer();
   if (to !== undefined) buttons[to].focus();
