@@ -103,10 +103,10 @@ const vision = {
   to_rgb({ width, height, data }) {
     const rgb = new Uint8Array(width * height * 3);
     for (let i = 0, j = 0; j < rgb.length; i += 4, j += 3) {
-      const seen = Math.floor(data[i + 3] * 255 * 255 * 128 / (255 * 255)), white = 255 * (255 * 128 - seen);
+      const alpha = data[i + 3];
       for (let c = 0; c < 3; c++) {
-        const sum = data[i + c] * seen + white + 128 * 128;
-        rgb[j + c] = data[i + 3] === 255 ? data[i + c] : data[i + 3] ? ((sum >>> 8) + sum) >>> 8 >>> 7 : 255;
+        const sum = 128 * (data[i + c] * alpha + 255 * (255 - alpha) + 128); // 7 bits more than a byte, and a half
+        rgb[j + c] = ((sum >>> 8) + sum) >>> 15; // divided by 255
       }
     }
     return { width, height, data: rgb };

@@ -197,8 +197,8 @@ function nameOf(thing, things, hide = []) {
 }
 const QUESTIONS = {
   describe: () => "Describe the image.",
-  "which colour": (thing, things) => `What colour is ${nameOf(thing, things, ["colour"])}?`,
-  "which shape": (thing, things) => `What shape is ${nameOf(thing, things, ["shape"])}?`,
+  colour: (thing, things) => `What colour is ${nameOf(thing, things, ["colour"])}?`,
+  shape: (thing, things) => `What shape is ${nameOf(thing, things, ["shape"])}?`,
   "how many": (thing, _, turn) =>
     `How many ${["objects", `${thing.colour} objects`, `${thing.shape}s`][turn % 3]} are there?`,
   where: (thing, things) => `Where is ${nameOf(thing, things, ["place"])}?`,
