@@ -10,8 +10,8 @@
 // there is one picture and one row, so N and B are left out; a matrix (rows, columns) is one Float32Array, row after
 // row; sums are taken in double precision, as JavaScript does it, and every result is kept in float32.
 //
-// `planted` names one of the bugs below, or nothing: bugs of real programs, as notebook 6 collects them. Each changes one
-// line of what really runs.
+// `planted` names one of the bugs below, or nothing: bugs of real programs, as notebook 6 collects them. Each changes
+// one line of what really runs.
 
 let planted = "";
 const BUGS = {
