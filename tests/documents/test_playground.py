@@ -230,6 +230,7 @@ def test_the_page_says_what_python_says_of_two_hundred_scenes(tab, tiny):
     assert compare_answers(tab, tiny, range(200)) == []
 
 
+@pytest.mark.slow
 def test_ask_answers_in_words_whatever_the_size_of_the_picture(tab, tiny):
     model, processor = tiny
     image, _ = scenes.draw(3)
@@ -240,6 +241,7 @@ def test_ask_answers_in_words_whatever_the_size_of_the_picture(tab, tiny):
         assert text == processor.decode(ids[0])
 
 
+@pytest.mark.slow
 def test_it_works_where_no_worker_is_allowed(browser, tiny):
     tab = Tab(browser, before="delete window.Worker;")
     model, processor = tiny
@@ -272,6 +274,7 @@ def test_every_stage_is_pythons(tab, tmp_path, capsys):
     assert list(stages) == wanted and f"{len(wanted)} stages" in out
 
 
+@pytest.mark.slow
 def test_each_bug_of_the_switch_is_found_at_its_stage(tab, tmp_path, capsys):
     bugs = tab.run("return (await llava.ready).bugs;")
     assert len(bugs) == 5
@@ -322,6 +325,7 @@ PORT = """const source = $("port").textContent + "\\nreturn { vision, llama, lla
 const { vision, llama, llava: port } = new Function(source)();"""
 
 
+@pytest.mark.slow
 def test_a_picture_of_any_size_is_scaled_to_the_byte(tab, tiny):
     rng, pixels = random.Random(5), np.random.default_rng(5)
     sizes = [(56, 56), (1, 1), (3, 5), (57, 56), (640, 480), (56, 112), (112, 56), (448, 448), (100, 400), (333, 21)]
@@ -360,6 +364,7 @@ def test_the_tokenizer_is_pythons(tab, tiny):
         assert found == processor.decode(row), row
 
 
+@pytest.mark.slow
 def test_probabilities_and_looks_are_pythons(tab, tiny):
     """What the page shows of each word: its probability, the five likeliest others, and where it looked."""
     model, processor = tiny
@@ -391,6 +396,7 @@ def test_probabilities_and_looks_are_pythons(tab, tiny):
     assert np.allclose(share, rows.sum(1)[-len(said) :].numpy(), atol=CLOSE)
 
 
+@pytest.mark.slow
 def test_what_the_canvas_draws_is_what_tiny_knows(tab):
     """Scenes of the page's own, drawn by the browser and described: nearly always rightly."""
     right, total = tab.run(
@@ -443,6 +449,7 @@ def test_dragging_a_shape_changes_the_answer_while_it_moves(fresh):
     page.wait_for_function("$('said').textContent === 'tiny says: bottom middle'")
 
 
+@pytest.mark.slow
 def test_a_finger_drags_too(browser):
     tab = Tab(browser, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     assert tab.ask("Where is the star?") == "middle right"
@@ -460,6 +467,7 @@ def test_a_finger_drags_too(browser):
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_the_keyboard_alone_is_enough(fresh):
     page = fresh.page
     page.keyboard.press("Tab")
@@ -497,6 +505,7 @@ def test_the_keyboard_alone_is_enough(fresh):
     assert page.locator("#answer [aria-pressed='true']").count() == 0
 
 
+@pytest.mark.slow
 def test_shapes_are_added_coloured_resized_and_removed(fresh):
     page = fresh.page
     assert fresh.ask("How many objects are there?") == "four"
@@ -522,6 +531,7 @@ def test_shapes_are_added_coloured_resized_and_removed(fresh):
     assert fresh.settled() in ("one", "two", "three", "four")
 
 
+@pytest.mark.slow
 def test_each_kind_of_question_has_a_button(fresh):
     page = fresh.page
     for button in page.locator("#kinds button").all():
@@ -532,6 +542,7 @@ def test_each_kind_of_question_has_a_button(fresh):
     assert page.locator("#kinds [aria-pressed='true']").count() == 1
 
 
+@pytest.mark.slow
 def test_a_picture_of_ones_own_can_be_dropped(fresh, tmp_path):
     page = fresh.page
     image = Image.new("RGB", (90, 60), (200, 200, 200))
@@ -562,6 +573,7 @@ def test_a_picture_of_ones_own_can_be_dropped(fresh, tmp_path):
     page.wait_for_function("state.own")
 
 
+@pytest.mark.slow
 def test_a_word_shows_where_it_looked_and_what_else_it_could_have_been(fresh):
     page = fresh.page
     fresh.ask("Describe the image.")
@@ -581,6 +593,7 @@ def test_a_word_shows_where_it_looked_and_what_else_it_could_have_been(fresh):
     assert page.inner_text("#chosen") == "“yellow”"  # stays
 
 
+@pytest.mark.slow
 def test_a_bug_is_planted_and_mended(fresh):
     page = fresh.page
     fresh.ask("Describe the image.")
@@ -598,6 +611,7 @@ def test_a_bug_is_planted_and_mended(fresh):
     assert page.locator("#warning").is_hidden() and page.locator("#compare").is_hidden()
 
 
+@pytest.mark.slow
 def test_the_road_follows_a_patch(fresh):
     page = fresh.page
     for view in ("pixels", "patches", "tower", "projector", "merge", "decoder", "words"):
@@ -612,12 +626,14 @@ def test_the_road_follows_a_patch(fresh):
     assert page.locator("#probe").get_attribute("aria-valuetext") == "row 1, column 2"
 
 
+@pytest.mark.slow
 def test_a_question_that_is_too_long_is_refused_in_words(tab):
     with pytest.raises(Exception, match="too long"):
         tab.run(f"{READ} await llava.ask(read(a), b);", raw(scene_png()), "☃" * 300)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_phone_and_dark(browser, scheme):
     phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
     tab = Tab(browser, **phone, color_scheme=scheme, reduced_motion="reduce")
@@ -644,6 +660,7 @@ def test_phone_and_dark(browser, scheme):
     tab.context.close()
 
 
+@pytest.mark.slow
 def test_everything_has_a_name_for_a_screen_reader(tab):
     nameless = tab.run(
         """return [...document.querySelectorAll("button, input, canvas, [role]")].filter(e => {
