@@ -272,8 +272,8 @@ class Llava(nn.Module):
 
         The first arguments are those of forward. A row ends with an end-of-sequence id and yields the pad id from then
         on. Greedy at temperature 0; above it drawn from llama.filtered, by a generator with this seed or by torch's.
-        kv_cache: continue from it; it needs room for the prompt and all new tokens but the last, which is never
-        written. Raises ValueError for an option out of range.
+        kv_cache: continue from it; it needs room for all but the last of the new tokens, which is never written. Raises
+        ValueError for an option out of range.
         """
         llama.check_sampling(max_new_tokens, temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
@@ -500,10 +500,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
 
 
 def save(model, processor, folder):
-    """Write weights, configs and tokenizer in the published layout, which load and transformers read.
-
-    Raises ValueError or OSError with a complete message; then the folder is as it was.
-    """
+    """Write a checkpoint in the published layout, which load and transformers read. Raises ValueError or OSError."""
     from extras import saving
 
     saving.save(model, processor, folder)

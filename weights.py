@@ -158,7 +158,8 @@ def fill(cls, values, where, **fixed):
 # where transformers' MistralConfig has other defaults than LlamaConfig
 MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 PUBLISHED_TOWER = dict(  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+    image_size=336, patch_size=14,
 )  # fmt: skip
 TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 STEPS = {step: True for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")}
