@@ -68,23 +68,21 @@ def write(model, folder, configs, tokenizer, shard_size=5_000_000_000):
         for file, values in configs.items()
     }
     texts["tokenizer.json"] = tokenizer
+    names = [*files, *texts]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, part in zip(files, parts, strict=True):
             save_file(part, folder / f"{file}.new", metadata={"format": "pt"})
         for file, text in texts.items():
             (folder / f"{file}.new").write_text(text, encoding="utf-8")
-        for file in (
-            *files,
-            *texts,
-        ):  # only now that all is written: a disk that is full leaves the old checkpoint as it was
+        for file in names:  # only now that all is written: a disk that is full leaves the old checkpoint as it was
             (folder / f"{file}.new").replace(folder / file)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} cannot be written: {error}") from None
     finally:
-        for file in (*files, *texts):
+        for file in names:
             with contextlib.suppress(NotADirectoryError):
                 (folder / f"{file}.new").unlink(missing_ok=True)
     for stale in [folder / weights.SINGLE, *folder.glob("model-*-of-*.safetensors"), folder / weights.INDEX]:
-        if stale.name not in files and stale.name not in texts:
+        if stale.name not in names:
             stale.unlink(missing_ok=True)
