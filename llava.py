@@ -200,7 +200,7 @@ class Llava(nn.Module):
             labels = labels.to(self.device, torch.int64).masked_fill(first, -100)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
-            loss = next_token_loss(logits, labels[:, kept])
+            loss = next_token_loss(logits, labels, kept)
         return LlavaOutput(loss, logits, kv_cache, hidden_states, attentions, features)
 
     def expand(self, input_ids, attention_mask, labels, pictures, size):
@@ -338,12 +338,14 @@ class Llava(nn.Module):
         self.llama.gradient_checkpointing = self.vision.gradient_checkpointing = on
 
 
-def next_token_loss(logits, labels):
-    """Mean cross-entropy of each position's logits (B, T, V) with the next position's label (B, T), -100 left out.
+def next_token_loss(logits, labels, kept=slice(None)):
+    """Mean cross-entropy of each position's logits (B, T, V) with the label (B, T) of the next position, -100 left out.
 
-    In float32, whatever the logits are (ForCausalLMLoss). nan if no label is left.
+    In float32, whatever the logits are (ForCausalLMLoss). kept: which of the T positions have logits. nan if no label
+    is left.
     """
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def check_finite(x, stage):
