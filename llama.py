@@ -165,14 +165,14 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cached=None, output_attentions=False):
         """x (B, T, D) → (B, T, D), and the weights or None. rope: cos and sin, (B, 1, T, E) each. mask (B, 1, T, S).
 
-        cached: None, or this layer's keys and values in the cache, (B, K, its length, E) each, and the positions (T)
-        where the new ones are written.
+        cached: None, or this layer's part of the cache: keys and values, (B, K, max_length, E) each, and the positions
+        (T) where the new ones are written.
         """
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(q, *rope), rotate(k, *rope)  # (B, A, T, E), (B, K, T, E)
         if cached is not None:  # write the new keys and values behind the old ones, then look at all of them
             keys, values, positions = cached
-            S = mask.shape[-1]
+            S = mask.shape[-1]  # what is filled: behind it the cache holds nothing yet
             k = keys.index_copy_(2, positions, k)[:, :, :S]  # (B, K, S, E)
             v = values.index_copy_(2, positions, v)[:, :, :S]  # (B, K, S, E)
         x, weights = self.attend(q, k, v, mask, output_attentions)
@@ -258,10 +258,10 @@ class Llama(nn.Module):
         return out
 
     def run(self, x, rope, mask, cached, output_hidden_states=False, output_attentions=False):
-        """The same once positions, mask and cache are settled: nothing but tensors from here on."""
+        """forward once positions, mask and cache are settled: tensors alone, so that a single step can be recorded."""
         hidden_states, attentions = [x], []
-        for block, layer in zip(self.blocks, cached, strict=True):
-            args = (x, rope, mask, layer, output_attentions)
+        for block, layer_cache in zip(self.blocks, cached, strict=True):
+            args = (x, rope, mask, layer_cache, output_attentions)
             x, weights = checkpoint(block, *args, use_reentrant=False) if self.gradient_checkpointing else block(*args)
             hidden_states.append(x)
             attentions.append(weights)
@@ -374,9 +374,8 @@ def visible(real, positions, sliding_window=None):
 def sample(logits, temperature=0.0, top_k=None, top_p=1.0, generator=None):
     """The next id of each row: logits (B, V) → (B,) int64.
 
-    temperature 0 takes the likeliest. Above it, one is drawn from the filtered distribution.
+    temperature 0 takes the likeliest. Above it, one is drawn from what filtered leaves, by generator or torch's own.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature < 1e-6:  # next to 0 it is the same, and dividing by it would overflow
         return logits.argmax(-1)
     probabilities = filtered(logits.float(), temperature, top_k, top_p).softmax(-1)

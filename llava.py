@@ -14,14 +14,12 @@ weights.py the file formats. What is not LLaVA itself (the command line, beams, 
     python llava.py --model tiny --image tiny/scene.png
 
     letter   meaning
-    N        pictures, in reading order over the batch
-    P        features of a picture, one for each patch
+    N, P     pictures, in reading order over the batch; features of each, one for a patch
     H, W     height and width of a preprocessed picture
     L, C     layers of the vision tower that are read, width of each
     B, T     rows of the batch, positions (new ones, where a cache holds others)
     S        all positions, those in the cache first
-    D, A     width and attention heads of the language model
-    V        size of the vocabulary
+    D, A, V  width, attention heads and vocabulary of the language model
 
 Notebooks: notebooks/1_one_question.ipynb, and 4_the_bridge.ipynb of the projector. Next file: weights.py.
 """
@@ -54,13 +52,13 @@ class LlavaConfig:
     vision_config: vision.VisionConfig = field(default_factory=vision.VisionConfig)
     text_config: llama.TextConfig = field(default_factory=llama.TextConfig)
     image_token_index: int = 32000
-    vision_feature_layer: int | list = -2
-    vision_feature_select_strategy: str = "default"
+    vision_feature_layer: int | list = -2  # the tower's hidden state that is read; several are read side by side
+    vision_feature_select_strategy: str = "default"  # leaves the class token out; "full" keeps it
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     eos_token_id: int | list | None = None  # generation_config.json has the last word on where an answer ends
-    description: str | None = None  # shown to whoever runs the model
+    description: str | None = None  # printed when the command line has loaded the model
 
     @property
     def eos_token_ids(self):
@@ -69,7 +67,7 @@ class LlavaConfig:
 
     @property
     def padding(self):
-        """The id that fills a row which is shorter than the others; the mask keeps it from being read."""
+        """The id that pads shorter rows; the mask hides it."""
         return self.eos_token_ids[0] if self.pad_token_id is None else self.pad_token_id
 
 
@@ -78,9 +76,9 @@ class Projector(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        layers = len(as_list(config.vision_feature_layer))  # several layers of the tower come side by side
+        L = len(as_list(config.vision_feature_layer))
         C, D = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.linear_1 = nn.Linear(layers * C, D, config.multimodal_projector_bias)
+        self.linear_1 = nn.Linear(L * C, D, config.multimodal_projector_bias)
         self.linear_2 = nn.Linear(D, D, config.multimodal_projector_bias)
 
     def forward(self, x):
@@ -89,22 +87,14 @@ class Projector(nn.Module):
 
 @dataclass
 class LlavaOutput:
-    """What forward returns; T counts expanded positions.
+    """What forward returns; T counts expanded positions. What was not asked for is None."""
 
-    loss                  () float32
-    logits                (B, T, V)
-    kv_cache              as it was passed in
-    hidden_states         layers + 1 of (B, T, D), the last one after the final norm
-    attentions            layers of (B, A, T, S)
-    image_hidden_states   (N, P, D), the features that were merged
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    kv_cache: dict | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
-    image_hidden_states: torch.Tensor | None = None
+    loss: torch.Tensor | None = None  # a scalar in float32
+    logits: torch.Tensor | None = None  # of shape (B, T, V), in the model's dtype
+    kv_cache: dict | None = None  # the one that was passed in
+    hidden_states: tuple | None = None  # layers + 1 of (B, T, D), the last one after the final norm
+    attentions: tuple | None = None  # layers of (B, A, T, S)
+    image_hidden_states: torch.Tensor | None = None  # of shape (N, P, D): the features that were merged
 
 
 class Llava(nn.Module):
@@ -128,8 +118,8 @@ class Llava(nn.Module):
     def get_image_features(self, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None):
         """Pictures (N, 3, H, W) → one embedding for each patch, (N, P, D) (LlavaModel.get_image_features).
 
-        vision_feature_layer: which hidden states of the tower to read, an int or a list of them, side by side.
-        vision_feature_select_strategy: "default" leaves the class token out, "full" keeps it. None: as the config says.
+        vision_feature_layer, vision_feature_select_strategy: as in LlavaConfig; None: what this model's config says.
+        Raises ValueError for pictures of another size, for numbers out of range, and for layers that do not fit.
         """
         layers = as_list(self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer)
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -142,14 +132,13 @@ class Llava(nn.Module):
         if strategy == "default":
             states = [x[:, 1:] for x in states]
         x = torch.cat(states, dim=-1)  # (N, P, L * C)
-        x = self.projector(x)  # (N, P, D)
-        return check_finite(x, "the picture features")
+        return check_finite(self.projector(x), "the picture features")  # (N, P, D)
 
     def merge(self, input_ids, features=None):
-        """Embed the ids (B, T) and put the features (N, P, D) where the image tokens stand → (B, T, D).
+        """Embed the ids (B, T) and put the features (N, P, D), in order, where the image tokens stand → (B, T, D).
 
-        By position, whatever the values are: an embedding of zeros is text. The image token itself is never embedded.
-        Raises ValueError unless there is exactly one image token for each feature.
+        By position, not by value: a text embedding may be all zeros (transformers 4.38 took those for pictures).
+        Raises ValueError unless there is exactly one image token for each feature, and for an id out of range.
         """
         is_image = input_ids == self.config.image_token_index  # (B, T)
         tokens = int(is_image.sum())
@@ -159,7 +148,7 @@ class Llava(nn.Module):
                 f"the prompt holds {tokens} image tokens and {pictures} pictures were given: it takes one <image> for "
                 f"each picture (or {size or 'all its features'} in a row, if they are expanded already)"
             )
-        input_ids = input_ids.masked_fill(is_image, 0)  # the image token may have no row in the embedding
+        input_ids = input_ids.masked_fill(is_image, 0)  # the image token is not embedded: it may have no row there
         last = self.llama.embed.num_embeddings - 1
         unknown = input_ids[(input_ids < 0) | (input_ids > last)]
         if len(unknown):
@@ -175,10 +164,10 @@ class Llava(nn.Module):
         """One pass over whole prompts, a chunk or a single step → LlavaOutput.
 
         input_ids (B, T) int64, the image token once for each picture or once for each feature; or inputs_embeds (B, T,
-        D), merged already. pixel_values (N, 3, H, W). attention_mask (B, past + T), 1 = real. position_ids (B, T).
-        kv_cache: from init_kv_cache, filled in place. labels (B, T): -100 is ignored, as are the positions of pictures.
-        logits_to_keep: only the last so many positions get logits, 0: all; or a tensor of the positions that do. Raises
-        ValueError for shapes that do not belong together, and for numbers out of range.
+        D), merged already. pixel_values (N, 3, H, W). attention_mask (B, past + T), 1 = real; position_ids (B, T): None
+        as in Llama.forward. kv_cache: from init_kv_cache, filled in place. labels (B, T): -100 is ignored, as are the
+        positions of pictures. logits_to_keep: logits of the last n positions (0: all), or of a tensor of positions.
+        Raises ValueError for shapes that do not belong together, and for numbers out of range.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -202,13 +191,12 @@ class Llava(nn.Module):
         x, hidden_states, attentions = self.llama(
             x, attention_mask, position_ids, kv_cache, output_hidden_states, output_attentions
         )
-        kept = logits_to_keep
-        if isinstance(kept, int):
-            kept = slice(-kept, None)  # -0 is 0: the slice that leaves nothing out
+        # the last n of a sequence are its slice from -n on, and -0 is 0: all of them
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = check_finite(self.llama.head(x[:, kept]), "the logits")
         loss = None
         if labels is not None:
-            first = llama.count_before(attention_mask)[:, -x.shape[1] :] == 0  # there is nothing to predict it from
+            first = llama.count_before(attention_mask)[:, -x.shape[1] :] == 0  # no real token stands before it
             labels = labels.to(self.device, torch.int64).masked_fill(first, -100)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
@@ -216,10 +204,10 @@ class Llava(nn.Module):
         return LlavaOutput(loss, logits, kv_cache, hidden_states, attentions, features)
 
     def expand(self, input_ids, attention_mask, labels, pictures, size):
-        """Grow the image token of each picture into `size` of them, and mask and labels with it, as transformers 4.38
-        does inside the model and transformers 5 in its processor. What is expanded already is returned as it is.
+        """Repeat the image token of each picture `size` times in ids (B, T), and its column in mask and labels.
 
-        Rows of unequal length are padded again, on the left, unless the mask says that they were padded on the right.
+        So do transformers 4.38 inside the model and transformers 5 in its processor. Expanded ids are returned as they
+        are. Rows of unequal length are padded on the left, or on the right if the mask says that they were.
         """
         is_image = input_ids == self.config.image_token_index  # (B, T)
         if int(is_image.sum()) != pictures or size == 1:  # merge reports a wrong count
@@ -238,7 +226,7 @@ class Llava(nn.Module):
         return grow(input_ids, self.config.padding), mask, labels
 
     def expanded(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None):
-        """ids and mask as forward expands them, without looking at a picture: to know how many positions they take."""
+        """expand before a picture is encoded → ids and mask: how many positions will this prompt take?"""
         input_ids = input_ids.to(self.device)
         attention_mask = llama.real_tokens(attention_mask, kv_cache, input_ids.shape, self.device)
         pictures = 0 if pixel_values is None else len(pixel_values)
@@ -252,10 +240,10 @@ class Llava(nn.Module):
         return llama.init_kv_cache(self.llama.config, batch_size, max_length, self.dtype, self.device)
 
     def prefill(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, room=0):
-        """Read whole prompts → (logits of the token after each, (B, V); the cache, with room for as many more
-        positions).
+        """Read whole prompts → (logits of the token after each, (B, V); the cache, with `room` more positions free).
 
-        Padding goes to the left, wherever it was: the next token has to follow the last real one.
+        kv_cache: the prompts go on from it; None: a new one. Padding goes to the left, wherever it was: the next token
+        has to follow the last real one.
         """
         input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask, kv_cache)
         B, T = input_ids.shape
@@ -271,7 +259,7 @@ class Llava(nn.Module):
     def step(self, ids, kv_cache, real):
         """One more token for each row, ids (B,) → the next logits, (B, V). real (B,): False where a row has ended."""
         seen = kv_cache["real"][:, : llama.length(kv_cache)]
-        x = self.llama.embed(ids[:, None])  # not by merge: an <image> that the model itself has said is a word
+        x = self.llama.embed(ids[:, None])  # not merged: an <image> that the model generates is a word
         x, _, _ = self.llama(x, torch.cat([seen, real[:, None]], dim=1), kv_cache=kv_cache)
         return check_finite(self.llama.head(x)[:, -1], "the logits")
 
@@ -280,12 +268,12 @@ class Llava(nn.Module):
         self, input_ids, pixel_values=None, attention_mask=None, *,
         max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, seed=None, kv_cache=None,
     ):  # fmt: skip
-        """Yield the next id of every row, (B,) int64, until each row has met an end-of-sequence id or max_new_tokens
-        are made.
+        """Yield the next id of every row, (B,) int64, until all rows have ended or max_new_tokens are made.
 
-        A row that has ended yields the pad id. Greedy at temperature 0, above it drawn from llama.filtered, with a seed
-        of its own or torch's. kv_cache: goes on from there, with room for the prompt and all new tokens but the last,
-        which is not put into it. Raises ValueError for an option out of range.
+        The first arguments are those of forward. A row ends with an end-of-sequence id and yields the pad id from then
+        on. Greedy at temperature 0; above it drawn from llama.filtered, by a generator with this seed or by torch's.
+        kv_cache: continue from it; it needs room for all but the last of the new tokens, which is never written. Raises
+        ValueError for an option out of range.
         """
         llama.check_sampling(max_new_tokens, temperature, top_k, top_p)
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
@@ -305,21 +293,20 @@ class Llava(nn.Module):
         self, input_ids, pixel_values=None, attention_mask=None, *,
         max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, num_beams=1, seed=None, kv_cache=None,
     ):  # fmt: skip
-        """The answers of all rows, (B, new tokens) int64: the new ids only, filled with the pad id behind the end of a
-        row.
+        """The answers of all rows, (B, new tokens) int64: the new ids alone, and the pad id behind the end of a row.
 
         The arguments are those of stream; num_beams above 1 searches for the likeliest answer instead of going greedily
         (Graves 2012; GenerationMixin._beam_search). A search leaves only the prompt in kv_cache.
         """
-        prompt = (input_ids, pixel_values, attention_mask)
+        prompt = dict(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, kv_cache=kv_cache)
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
         if num_beams != 1:
             from extras import beams
 
-            return beams.search(self, *prompt, num_beams=num_beams, kv_cache=kv_cache, **options)
-        return torch.stack(list(self.stream(*prompt, seed=seed, kv_cache=kv_cache, **options)), dim=1)
+            return beams.search(self, **prompt, num_beams=num_beams, **options)
+        return torch.stack(list(self.stream(**prompt, seed=seed, **options)), dim=1)
 
-    reorder_cache = staticmethod(llama.reorder_cache)  # takes kv_cache and beam_idx, in place
+    reorder_cache = staticmethod(llama.reorder_cache)  # takes kv_cache and beam_idx (B,), in place
 
     # --- doors to extras/
 
@@ -330,7 +317,7 @@ class Llava(nn.Module):
         return beams.score(self, answers, input_ids, pixel_values, attention_mask)
 
     def resize_token_embeddings(self, n):
-        """Give embedding and head n rows, for another vocabulary (PreTrainedModel.resize_token_embeddings)."""
+        """Give embedding and head n rows, in place → the embedding (PreTrainedModel.resize_token_embeddings)."""
         from extras import training
 
         return training.resize_token_embeddings(self, n)
@@ -343,7 +330,7 @@ class Llava(nn.Module):
 
     @property
     def gradient_checkpointing(self):
-        """Forget what is inside a block and compute it again for its gradient: less memory, a third more time."""
+        """Whether what is inside a block is computed again for its gradient: less memory, a third more time."""
         return self.llama.gradient_checkpointing
 
     @gradient_checkpointing.setter
@@ -361,8 +348,8 @@ def next_token_loss(logits, labels):
 
 def check_finite(x, stage):
     """Return x, or raise ValueError if numbers went out of range at this stage: all later ones would be nan."""
-    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))  # one sum is faster than a look at every number
-    if not (total.isfinite() or x.isfinite().all()):
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
+    if not (total.isfinite() or x.isfinite().all()):  # the sum is fast, but may itself overflow
         raise ValueError(f"{stage} are not finite in {x.dtype}: use a dtype of wider range, bfloat16 or float32")
     return x
 
@@ -513,7 +500,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
 
 
 def save(model, processor, folder):
-    """Write a checkpoint in the published layout, which load and transformers read."""
+    """Write a checkpoint in the published layout, which load and transformers read. Raises ValueError or OSError."""
     from extras import saving
 
     saving.save(model, processor, folder)

@@ -16,7 +16,8 @@ its own place, while the last block serves CLIP's own aim, one vector for the wh
     A, E     attention heads, width of one head           16, 64
     F        width of the MLP                             4096
 
-The four files share one key of letters. Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
+The four files share one key of letters; S, A, E and F are those of the network at hand: here the tower.
+Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 
 from dataclasses import dataclass, field
@@ -46,17 +47,16 @@ def open_image(file, formats=None):
 def to_rgb(image):
     """Any PIL mode → RGB: transparent areas become white, as in the reference (convert_to_rgb, transformers 5).
 
-    Grey of 16 bits (mode I;16, and I or F with values over 255) is scaled, 65535 → 255; the reference clips it at 255,
-    almost all white.
+    Grey of 16 bits (mode I;16, and I or F with values over 255) is divided by 257, 65535 → 255; the reference clips it.
     """
     if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
-    clear = image.info.get("transparency")
+    clear = image.info.get("transparency")  # the value or colour that the file declares transparent
     sixteen_bits = image.mode.startswith("I;16")
     if sixteen_bits or image.mode in ("I", "F"):
         grey = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if sixteen_bits or grey.max(initial=0) > 255:
-            if clear is not None:  # greyscale transparency: one value is declared transparent; make it white
+            if clear is not None:
                 grey[grey == clear] = 65535
             return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or clear is not None:
@@ -68,7 +68,7 @@ def to_rgb(image):
 # ----------------------------------------------------------------------------------------------------------------
 # From RGB to the numbers that the tower was trained on
 
-MAX_PIXELS = 178_956_970  # of a scaled or padded picture: the number beyond which Pillow itself refuses to decode one
+MAX_PIXELS = 178_956_970  # of a picture once it is scaled or padded: Pillow decodes none that has more
 
 
 @dataclass
@@ -168,7 +168,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = (w(x).unflatten(-1, (self.heads, -1)) for w in (self.wq, self.wk, self.wv))  # (N, S, A, E)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (N, A, S, E)
+        q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (N, A, S, E)
         x = F.scaled_dot_product_attention(q, k, v)  # (N, A, S, E)
         return self.wo(x.transpose(1, 2).flatten(2))  # (N, S, C)
 
@@ -235,8 +235,8 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values, layers):
         """Pictures (N, 3, H, W) → hidden states of the asked layers, a list of (N, S, C), none through post_norm.
 
-        layers: numbers as in the reference's hidden_states: 0 is the embedding, i the output of block i, -1 the last.
-        For LLaVA's -2 all blocks but the last are run. The last stays in memory, unused: it is part of the checkpoint.
+        layers: a list of numbers as in the reference's hidden_states: 0 is the embedding, i the output of block i, -1
+        the last. For LLaVA's -2 all blocks but the last are run. It stays in memory: it is part of the checkpoint.
         """
         last = len(self.blocks)
         for layer in layers:

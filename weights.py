@@ -56,18 +56,16 @@ for theirs, ours in PUBLISHED:
     NAMES += [(theirs + end, ours + end) for end in ends]
 OURS, THEIRS = dict(NAMES), {ours: theirs for theirs, ours in NAMES}
 
-LAYOUTS = [  # prefixes of the other versions of transformers, and of the authors; the first match is replaced
+LAYOUTS = [  # other prefixes → the published ones; the first match is replaced, and without one a name stays
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower.vision_model."),  # the authors' own
     ("model.vision_tower.vision_model.", "vision_tower.vision_model."),  # transformers 4.52 to 4.57 in memory
     ("model.vision_tower.", "vision_tower.vision_model."),  # transformers 5 in memory
-    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # as published
+    ("vision_tower.vision_model.", "vision_tower.vision_model."),  # as published: not to be changed by the next row
     ("vision_tower.", "vision_tower.vision_model."),  # saved by transformers 5
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),  # the authors' own; 1 is the GELU
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
     ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("multi_modal_projector.", "multi_modal_projector."),
     ("model.language_model.", "language_model.model."),
-    ("language_model.", "language_model."),
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),  # the authors' own
 ]
@@ -83,12 +81,12 @@ def our_name(name):
     for beginning, published in LAYOUTS:
         if name.startswith(beginning):
             return translate(published + name.removeprefix(beginning), OURS)
-    return None
+    return translate(name, OURS)
 
 
 def translate(name, table):
     """Look a name up with its first number as {i}; None if it is not there."""
-    number = re.search(r"\.(0|[1-9]\d{0,3})\.", name)
+    number = re.search(r"\.(0|[1-9]\d{0,3})\.", name)  # no zero in front: 07 is not another spelling of 7
     if number is None:
         return table.get(name)
     found = table.get(name.replace(number[0], ".{i}.", 1))
@@ -146,9 +144,8 @@ def fill(cls, values, where, **fixed):
     return cls(**{name: value for name, value in values.items() if name in known and name not in fixed})
 
 
-MISTRAL = dict(  # where transformers' MistralConfig has other defaults than LlamaConfig
-    intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
-)  # fmt: skip
+# where transformers' MistralConfig has other defaults than LlamaConfig
+MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
 PUBLISHED_TOWER = dict(  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14,
@@ -170,7 +167,8 @@ def read_config(folder, llava_config, text_config, vision_config, clean=lambda v
     if "image_token_id" in values:  # its other name
         values.setdefault("image_token_index", values.pop("image_token_id"))
     text, tower = values.pop("text_config", None) or {}, values.pop("vision_config", None) or PUBLISHED_TOWER
-    scaling = (text.pop("rope_scaling", None) or {}) | (text.pop("rope_parameters", None) or {})  # old and new name
+    # by its old and its new name; what the loop leaves of it, rope_theta, is a field of text_config
+    scaling = (text.pop("rope_scaling", None) or {}) | (text.pop("rope_parameters", None) or {})
     for name in ("rope_type", "type"):
         if scaling.pop(name, "default") != "default":
             raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
@@ -284,11 +282,11 @@ def header(file):
 
 
 def their_name(ours, found):
-    """Our name → the name it would have in this checkpoint, judged by a tensor that is there."""
+    """Our name → the name it would have in this checkpoint, judged by the prefixes of the tensors that are there."""
     published = translate(ours, THEIRS)
     names = [name for _, name, _ in found.values()]
-    if any(name.startswith("model.") for name in names):
-        names.append("lm_head.")  # where the rest is below model., the head stands beside it
+    if ours == "llama.head.weight" and any(name.startswith("model.") for name in names):
+        return "lm_head.weight"  # where the rest is below model., the head stands beside it
     for beginning, replaced in LAYOUTS:
         if published.startswith(replaced) and any(name.startswith(beginning) for name in names):
             return beginning + published.removeprefix(replaced)
@@ -299,8 +297,8 @@ def their_name(ours, found):
 def read(model, found, dtype, device, progress=iter):
     """Put the numbers that scan found into a model on the meta device, one tensor at a time, cast on the device.
 
-    progress: what the names are drawn through, as through tqdm. A layer with a method take_weight (extras/ has such)
-    gets its slice of the file and keeps the numbers in a form of its own.
+    progress: an iterator around the names that shows how far it is, such as tqdm. A layer with a method take_weight
+    (those of extras/) gets its slice of the file and keeps the numbers in a form of its own.
     """
     state = {}
     for ours in progress(found):
@@ -317,15 +315,15 @@ def read(model, found, dtype, device, progress=iter):
             notice = f"{file}: the tensor {name} holds numbers that are not finite in {numbers.dtype}"
             warnings.warn(notice, stacklevel=2)
     tied = is_tied(model)
-    if tied and not torch.equal(state["llama.head.weight"], state["llama.embed.weight"]):
+    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # what layers took
+    model.load_state_dict(state, assign=True)  # makes two parameters of embedding and head
+    if tied and torch.equal(model.llama.head.weight, model.llama.embed.weight):
+        model.llama.head.weight = model.llama.embed.weight
+    elif tied:
         file, name, _ = found["llama.head.weight"]
         notice = f"{file}: tie_word_embeddings is true, but {name} differs from the embedding: it is used"
         warnings.warn(notice, stacklevel=2)
-        tied = model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    state |= {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}  # what layers took
-    model.load_state_dict(state, assign=True)
-    if tied:  # assign makes two parameters of them
-        model.llama.head.weight = model.llama.embed.weight
+        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
 
 
 def is_tied(model):

@@ -2,6 +2,7 @@
 
 import torch
 
+from extras.cli import notice
 from extras.turn import check_prompt
 
 
@@ -22,6 +23,7 @@ def print_choices(model, processor, images, options, turns):
     del inputs["attention_mask"]  # a single row has no padding
     for each, row in zip(pieces, rows, strict=True):
         check_prompt(model, processor, options, each, {**inputs, "input_ids": torch.tensor([row])})
+    notice("each probability is given that the answer is one of these")
     scores = model.score([row[shared:] for row in rows], **inputs)
     for words, probability in zip(options.choices, scores.softmax(0).tolist(), strict=True):
         print(f"{probability:.4f}\t{words}")

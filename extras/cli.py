@@ -16,6 +16,8 @@ import signal
 import sys
 import warnings
 
+SMALL = 20e6  # parameters of a model that one thread computes as fast as several
+QUESTION = "Describe the image."
 AUTHORS_SYSTEM = (  # the sentence that the authors' own code puts in front of every prompt (conv_vicuna_v1)
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -46,6 +48,9 @@ def main(arguments=None, started=lambda: None):
     try:
         options = parse(arguments)
         check(options)
+        if not (sys.argv[1:] if arguments is None else arguments):  # then nothing need be imported
+            make_parser().print_help()
+            return 0
         import torch  # noqa: F401 (with Ctrl-C as `program` has it)
 
         import llava  # noqa: F401
@@ -75,12 +80,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(arguments):
+    """Arguments → the options, and whether anything is asked with them."""
+    options = make_parser().parse_args(arguments)
+    options.asked = bool(options.image) or options.prompt is not None or options.chat
+    options.prompt = QUESTION if options.prompt is None else options.prompt
+    return options
+
+
+def make_parser():
     parser = Parser(prog="llava.py", description="Ask a LLaVA about pictures.")
     add = parser.add_argument
     add("--image", nargs="+", default=[], metavar="FILE", help="pictures; - reads one from standard input")
     add(
-        "--prompt", type=readable, default="Describe the image.", metavar="TEXT",
-        help="the question (default: %(default)s)",
+        "--prompt", type=readable, metavar="TEXT",
+        help=f"the question (default: {QUESTION})",
     )  # fmt: skip
     add(
         "--model", default="llava-hf/llava-1.5-7b-hf", metavar="NAME",
@@ -119,9 +132,9 @@ def parse(arguments):
     way.add_argument("--each", action="store_true", help="ask the question of each picture in turn")
     way.add_argument(
         "--choices", type=readable, nargs="+", metavar="ANSWER",
-        help="how likely each of these answers is, instead of an answer",
+        help="how likely each of these answers is, given that it is one of them",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    return parser
 
 
 def readable(argument):
@@ -188,6 +201,9 @@ def run(options):
 
         explain.check(options)
         watch = explain.watch
+    if not options.asked:
+        make_parser().print_help()
+        return 0
     if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE") or 1) > 1:  # torchrun has set them
         from extras import parallel
 
@@ -196,8 +212,12 @@ def run(options):
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
     with torch.inference_mode(options.chat or options.each):  # packed matrices pay for themselves by the second answer
         model, processor = llava.load(options.model, **settings, revision=options.revision)
+    if sum(tensor.numel() for tensor in model.parameters()) < SMALL:
+        torch.set_num_threads(1)  # threads would only wait for one another, on a busy machine for long
     if model.config.description:
         notice(model.config.description)
+    if options.compile:
+        notice("the first words of an answer take longer: the step is being recorded")
     turns = question(options)
     if options.chat:
         return chat.chat(model, processor, images, options, turns[:-1])

@@ -142,10 +142,8 @@ def lines(record):
         last = stages[-1]  # the logits, of one position here as there
         stages.append(Stage(f"each of {len(steps)} steps", last.shape, last.dtype, sum(steps) / len(steps), last.bytes))
     keys = record.kv_cache["keys.0"]
-    shape, size = (
-        (len(record.model.llama.blocks), 2, *keys.shape),
-        sum(tensor.nbytes for tensor in record.kv_cache.values()),
-    )
+    shape = (len(record.model.llama.blocks), 2, *keys.shape)
+    size = sum(tensor.nbytes for tensor in record.kv_cache.values())
     stages.append(Stage("kv_cache", shape, written_dtype(keys), None, size))
     for stage in stages:
         ms = "" if stage.ms is None else f"{stage.ms:.1f}"
@@ -202,7 +200,7 @@ def views(weights, question):
 
 
 def levels(view):
-    """A view as bytes, 0 … LEVELS, by the square root: half the light is a quarter of the attention: little shows."""
+    """A view as bytes, 0 … LEVELS, by the square root, so that a little attention is seen, too."""
     return (LEVELS * (view / view.max().clamp(min=1e-12)).sqrt()).round().to(torch.uint8).numpy().tobytes()
 
 

@@ -132,8 +132,7 @@ def without_sinks(weights):
 
 
 def rollout(attentions):
-    """Attention through all layers, (B, heads, T, S) each with T = S → (B, T, S): the product of the layers' (A + I) /
-    2.
+    """Attention through all layers, (B, heads, T, S) each with T = S → (B, T, S): the product of all (A + I) / 2.
 
     Abnar and Zuidema 2020, section 3: A is the mean over the heads, I stands for what a block adds its output to.
     """

@@ -42,24 +42,27 @@ def split(model, dtype):
 
 
 class SplitLinear(nn.Module):
-    """x Wᵀ of which this process holds some rows of W (dim 0), or some columns and adds up with the others (dim 1)."""
+    """x Wᵀ of which this process holds some rows of W (dim 0), or some columns and adds up with the others (dim 1).
+
+    For answers alone: a part of a matrix can be neither trained nor saved.
+    """
 
     def __init__(self, in_features, out_features, dtype, dim):
         super().__init__()
         shape, self.dim = [out_features, in_features], dim
         shape[dim] //= dist.get_world_size()
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+        self.register_buffer("w", torch.empty(shape, dtype=dtype, device="meta"))
 
     def take_weight(self, part, device):
         """Take this process's rows or columns out of a slice of a file, (outputs, inputs) → them."""
-        size = self.weight.shape[self.dim]
+        size = self.w.shape[self.dim]
         own = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
         numbers = part[own] if self.dim == 0 else part[:, own]
-        self.weight = nn.Parameter(numbers.to(device, self.weight.dtype, copy=True))
-        return self.weight.detach()
+        self.w = numbers.to(device, self.w.dtype, copy=True)
+        return self.w
 
     def forward(self, x):
-        x = F.linear(x, self.weight)
+        x = F.linear(x, self.w)
         if self.dim == 1:
             dist.all_reduce(x)
         return x

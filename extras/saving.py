@@ -141,21 +141,22 @@ def write(model, folder, configs, texts, shard_size=5_000_000_000):
         configs = {**configs, weights.INDEX: {"metadata": {"total_size": size}, "weight_map": weight_map}}
     jsons = {file: json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) for file, values in configs.items()}
     texts = {file: text + "\n" for file, text in jsons.items()} | texts
+    names = [*files, *texts]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, part in zip(files, parts, strict=True):
             save_file(part, folder / f"{file}.new", metadata={"format": "pt"})
         for file, text in texts.items():
             (folder / f"{file}.new").write_text(text, encoding="utf-8")
-        for file in (*files, *texts):  # only now that all is there: a full disk leaves the old checkpoint as it was
+        for file in names:  # only now that all is written: a disk that is full leaves the old checkpoint as it was
             (folder / f"{file}.new").replace(folder / file)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{folder} cannot be written: {error}") from None
     finally:
-        for file in (*files, *texts):
+        for file in names:
             with contextlib.suppress(NotADirectoryError):
                 (folder / f"{file}.new").unlink(missing_ok=True)
     others = [folder / name for name in (weights.SINGLE, weights.INDEX, *STALE)]
     for stale in [*others, *folder.glob("model-*-of-*.safetensors")]:
-        if stale.name not in files and stale.name not in texts:
+        if stale.name not in names:
             stale.unlink(missing_ok=True)

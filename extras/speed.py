@@ -80,7 +80,7 @@ def pick_dtype(dtype):
     return known[name]
 
 
-def fastest_dtype(model, device, stored, quantize):
+def fastest_dtype(model, device, stored, quantize_to):
     """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
     reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the
     speed. The kernels of quantised weights take bfloat16 alone.
@@ -91,7 +91,7 @@ def fastest_dtype(model, device, stored, quantize):
     native = (
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
     )
-    return torch.bfloat16 if large and (quantize or (native and stored.itemsize == 2)) else torch.float32
+    return torch.bfloat16 if large and (quantize_to or (native and stored.itemsize == 2)) else torch.float32
 
 
 def main_dtype(model, found):

@@ -104,23 +104,14 @@ def write(file, notebook):
 
 
 def figures():
-    """Make what docs/ shows anew: the page of tiny, its screenshot, and the drawing of the architecture."""
+    """Make what docs/ shows anew: the page of --explain, its screenshot, the drawing, the playground."""
     page = ROOT / "docs" / "explain.html"
-    command = [
-        sys.executable,
-        "llava.py",
-        "--model",
-        "tiny",
-        "--image",
-        "tiny/scene.png",
-        "--device",
-        "cpu",
-        "--explain",
-        str(page),
-    ]
+    options = ["--model", "tiny", "--image", "tiny/scene.png", "--device", "cpu", "--explain", str(page)]
+    command = [sys.executable, "llava.py", *options]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     screenshot(page, page.with_suffix(".png"))
     subprocess.run([sys.executable, "docs/architecture.py"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "docs/playground.py", "--screenshot"], cwd=ROOT, check=True)
 
 
 def screenshot(page, file):

@@ -94,7 +94,7 @@ def test_a_letter_that_stdout_lacks_is_no_error(monkeypatch, folder):
     say(monkeypatch, byte_ids("café"))
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    assert cli.main(["--model", str(folder), "--device", "cpu"]) == 0
+    assert cli.main(["--model", str(folder), "--device", "cpu", "--prompt", "Describe the image."]) == 0
     assert written.getvalue() == b"caf?\n"
 
 
@@ -110,7 +110,7 @@ def test_defaults():
         "top_k": None, "num_beams": 1, "seed": None,
         "pad": None, "system": None, "show_prompt": False, "trace": False, "explain": None, "chat": False,
         "each": False,
-        "choices": None,
+        "choices": None, "asked": False,
     }  # fmt: skip
 
 
@@ -121,9 +121,21 @@ def test_the_model_options_reach_load(main, monkeypatch):
     def ours_fails():
         raise ValueError("enough")
 
-    main()
+    main("--prompt", "Hi")
     main(
-        "--model", "a/b", "--revision", "v1", "--device", "cpu", "--dtype", "float16", "--quantize", "int4", "--compile"
+        "--prompt",
+        "Hi",
+        "--model",
+        "a/b",
+        "--revision",
+        "v1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float16",
+        "--quantize",
+        "int4",
+        "--compile",
     )
     assert seen == [
         (("llava-hf/llava-1.5-7b-hf",), dict(device="auto", dtype="auto", quantize=None, compile=False, revision=None)),
@@ -151,7 +163,7 @@ def test_a_model_is_packed_for_more_answers_than_one(main, monkeypatch):
 
     monkeypatch.setattr(llava, "load", load)
     for options in ([], ["--chat"], ["--each", "--image", "a.png"], ["--choices", "a"]):
-        main(*options)
+        main("--prompt", "Hi", *options)
     assert modes == [False, True, True, False] and not torch.is_inference_mode_enabled()
 
 
@@ -258,7 +270,7 @@ def test_bytes_that_are_no_characters(ask):
     """As the system hands them over: 0xff becomes U+DCFF."""
     found = ask("--prompt", "caf\udcc3\udca9 \udcff", "--system", "\udcff", "--max-new-tokens", 3, "--show-prompt")
     assert found.status == 0 and shown(found.err)[0] == "<s>\ufffd USER: café \ufffd ASSISTANT:"
-    assert ask("--choices", "\udcff", "no").out.splitlines()[0].endswith("\t\ufffd")
+    assert ask("--prompt", "Hi", "--choices", "\udcff", "no").out.splitlines()[0].endswith("\t\ufffd")
 
 
 def test_the_model_says_what_it_is(tmp_path, folder, main):
@@ -383,7 +395,9 @@ def test_mistakes(ask, monkeypatch, folder, tmp_path, pictures, mistake):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     make, message = MISTAKES[mistake]
     (tmp_path / "empty").mkdir()
-    assert is_one_line(ask("--max-new-tokens", 3, *make(folder, tmp_path / "empty", pictures[0])), message)
+    assert is_one_line(
+        ask("--prompt", "Hi", "--max-new-tokens", 3, *make(folder, tmp_path / "empty", pictures[0])), message
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -471,7 +485,10 @@ def test_what_comes_from_outside_does_not_speak_to_the_terminal(tmp_path, folder
         and len(said) < 1100
     )
     (copy / "config.json").write_text(json.dumps(config | {"unknown\x1b[31m": ["x\n"] * 10_000}))
-    assert is_one_line(main("--model", copy, "--device", "cpu"), r"the field unknown \[31m = .* … .*might change what")
+    assert is_one_line(
+        main("--model", copy, "--device", "cpu", "--prompt", "Hi"),
+        r"the field unknown \[31m = .* … .*might change what",
+    )
 
 
 def raising(error):
@@ -543,3 +560,27 @@ def test_what_is_imported(tmp_path):
     command = [sys.executable, "-c", code, *heavy.split()]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
+
+
+def test_nothing_asked_is_the_help(main, monkeypatch):
+    """Also beside options; but a mistake in one of them is said first."""
+    monkeypatch.setattr(llava, "load", lambda *_, **__: pytest.fail("nothing is asked"))
+    for options in ([], ["--model", "tiny"], ["--choices", "yes", "no"]):
+        found = main(*options)
+        assert found.status == 0 and found.out.startswith("usage: llava.py") and "--each" in found.out
+    assert is_one_line(main("--top-p", "0"), "top_p")
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; sys.argv = ['llava.py']; from extras import cli; cli.program(); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert run.stdout.splitlines()[-1] == "False" and "usage: llava.py" in run.stdout
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_small_model_runs_on_one_thread(ask, monkeypatch, small):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(cli, "SMALL", 10**9 if small else 10)
+    assert ask("--prompt", "Hi", "--max-new-tokens", 2).status == 0
+    assert chosen == [1] * small
