@@ -10,7 +10,7 @@ import torch
 from checkpoints import configs, load, read_config, refusal, same
 from effort import effort
 from pictures import picture
-from reference import PREPROCESSOR
+from reference import PREPROCESSOR, load_reference
 
 import extras.hub
 import extras.speed  # noqa: F401 (load imports them, and to do so takes calls that are not to be counted)
@@ -202,6 +202,14 @@ def test_an_end_that_is_no_token_is_refused_by_its_field(copy, ids):
 def test_a_checkpoint_without_generation_config_loads(copy):
     (copy.folder / "generation_config.json").unlink()
     assert load(copy.write()).config.eos_token_ids == [2]
+
+
+def test_an_end_that_generation_config_does_not_name_is_that_of_the_config(copy):
+    """transformers takes no end at all then."""
+    (copy.folder / "generation_config.json").write_text("{}")
+    assert load(copy.write()).config.eos_token_ids == [2]
+    assert load_reference(copy.folder).generation_config.eos_token_id is None
+    assert load(copy.config(text_config={"eos_token_id": 7}).folder).config.eos_token_ids == [7]
 
 
 def test_preprocessing_numbers_of_a_folder_that_transformers_5_saved(copy):
