@@ -117,24 +117,13 @@ def read_json(file):
 # ----------------------------------------------------------------------------------------------------------------
 # Configs
 
-IGNORED = {  # fields that do not change what the model computes
-    # of the model's own config
-    "architectures", "attention_dropout", "attn_implementation", "auto_map", "bos_token_id", "description",
-    "dropout", "dtype", "eos_token_id", "ignore_index", "image_seq_length", "initializer_factor",
-    "initializer_range", "is_composition", "max_window_layers", "model_type", "num_image_tokens",
-    "pad_token_id", "pretraining_tp", "processor_class", "projection_dim", "torch_dtype",
-    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "use_image_newline_parameter",
-    "vocab_size", "_attn_implementation_autoset", "_name_or_path",
+IGNORED = {  # fields of the published files that do not change what the model computes
+    "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "ignore_index", "image_seq_length",
+    "initializer_factor", "initializer_range", "model_type", "pad_token_id", "pretraining_tp", "processor_class",
+    "projection_dim", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+    "_name_or_path",
     # of the preprocessor's
     "data_format", "feature_extractor_type", "image_processor_type", "_valid_processor_keys",
-    # that every config of transformers 4 carried along when it was saved in full
-    "begin_suppress_tokens", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty",
-    "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "id2label", "label2id", "length_penalty",
-    "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "prefix", "problem_type", "pruned_heads",
-    "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-    "task_specific_params", "temperature", "tf_legacy_loss", "tie_word_embeddings", "tokenizer_class", "top_k",
-    "top_p", "torchscript", "typical_p", "use_bfloat16",
 }  # fmt: skip
 
 
@@ -149,7 +138,7 @@ def fill(cls, values, where, **fixed):
     for name, value in values.items():
         if name in fixed and value != fixed[name]:
             raise ValueError(f"{where}: {name} is {value!r}, and only {fixed[name]!r} is supported")
-        if name not in known and name not in fixed and name not in IGNORED and value not in (False, [], {}):
+        if name not in known and name not in fixed and name not in IGNORED and value not in (False, "", [], {}):
             unknown = f"{where}: the field {name} = {value!r} is not known here"
             raise ValueError(f"{unknown} and might change what the model computes")
     return cls(**{name: value for name, value in values.items() if name in known and name not in fixed})
@@ -165,14 +154,16 @@ TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 STEPS = {step: True for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")}
 
 
-def read_config(folder, llava_config, text_config, vision_config):
+def read_config(folder, llava_config, text_config, vision_config, clean=lambda values, where: values):
     """config.json and generation_config.json → the three given dataclasses, filled and put together.
 
-    Raises ValueError that names the field which asks for something that is not here.
+    clean: takes out what other programs leave in config.json (extras/leftovers.py knows them). Raises ValueError that
+    names the field which asks for something that is not here.
     """
     where = folder / "config.json"
     values = read_json(where)
     check_kind(values, where)
+    values = clean(values, where)
     if "image_token_id" in values:  # its other name
         values.setdefault("image_token_index", values.pop("image_token_id"))
     text, tower = values.pop("text_config", None) or {}, values.pop("vision_config", None) or PUBLISHED_TOWER
@@ -213,19 +204,21 @@ def check_kind(values, where):
 
 
 def read_preprocess_config(folder, preprocess_config, tower):
-    """preprocessor_config.json, or the part of processor_config.json in which transformers 5 keeps it → the dataclass.
+    """The part of processor_config.json in which transformers 5 keeps it, or else preprocessor_config.json → the
+    dataclass. As in the reference, the part counts whole and alone: nothing is merged with an older file beside it.
 
     tower: the config of the vision tower, whose size the pictures must have.
     """
-    where = folder / "preprocessor_config.json"
-    if where.exists():
+    where = folder / "processor_config.json"
+    values = read_json(where).get("image_processor") if where.exists() else None
+    if values is None:
+        where = folder / "preprocessor_config.json"
         values = read_json(where)
-    else:
-        where = folder / "processor_config.json"
-        values = read_json(where)["image_processor"]
-    kind = values.get("image_processor_type", "CLIP")
+    kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "LlavaImageProcessor"
     if not str(kind).startswith(("CLIP", "Llava")):
         raise ValueError(f"{where}: image_processor_type is {kind!r}; only CLIP's is supported")
+    if not kind.startswith("Llava"):
+        values["do_pad"] = False  # CLIP's own class never pads, whatever its config says
     size, crop = values.get("size", 224), values.get("crop_size", 224)
     values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
     values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop

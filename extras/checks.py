@@ -18,6 +18,7 @@ import llama
 import llava
 import vision
 import weights
+from extras import leftovers, other_formats
 
 # ----------------------------------------------------------------------------------------------------------------
 # Pictures
@@ -106,7 +107,6 @@ class Tokenizer(llama.Tokenizer):
 # ----------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-PICKLED = (".bin", ".pt", ".pth")
 MOST = 2**24
 
 FIELDS = {  # of every config: its types, and the bounds that no real checkpoint leaves (of each item, if it is a list)
@@ -157,12 +157,15 @@ def checkpoint(folder):
 
     Raises ValueError or OSError with a complete message: for a missing file, a pipe, a file too large, one that is
     not JSON, a value of a wrong type or out of range, sizes that do not go together, pickled weights, a link that
-    leads out.
+    leads out, what is no checkpoint but something else (extras/other_formats.py).
     """
+    other_formats.check_folder(folder)
     read_json(folder / "config.json")
+    old = "preprocessor_config.json"
+    nested = has_nested(folder)
     for name, sections in CONFIGS.items():
         where = folder / name
-        if not where.exists():
+        if not where.exists() or (name == old and nested):  # the reference does not look at the old file then
             continue
         values = read_json(where)
         parts = {f"{where}: {section}": part(values, section, where) for section in sections}
@@ -170,16 +173,21 @@ def checkpoint(folder):
             parts |= {f"{text}: {rope}": part(parts[text], rope, text) for rope in ("rope_scaling", "rope_parameters")}
         if name == "config.json":
             weights.check_kind(values, where)  # the fields of another kind of model are no matter of ours
+            other_formats.check_quantization(values, where)
         for place, section in {str(where): values, **parts}.items():
             fields(section, place)
-    if not (folder / "preprocessor_config.json").exists():
-        where = folder / "processor_config.json"
-        if not where.exists() or not part(read_json(where), "image_processor", where):
-            raise FileNotFoundError(
-                f"{folder} holds no preprocessor_config.json, and no processor_config.json in its place"
-            )
+    if not nested and not (folder / old).exists():
+        raise FileNotFoundError(f"{folder} holds no {old}, and no image_processor in a processor_config.json")
     sizes(folder)
-    shards(folder)
+    for file in shards(folder):
+        if file.exists():  # weights.scan names one that is missing
+            other_formats.check_weights(file)
+
+
+def has_nested(folder):
+    """Whether the preprocessing numbers stand in processor_config.json: then they count, not those of the old file."""
+    where = folder / "processor_config.json"
+    return where.exists() and read_json(where).get("image_processor") is not None
 
 
 def small_file(file, most=50_000_000):
@@ -188,6 +196,7 @@ def small_file(file, most=50_000_000):
         raise FileNotFoundError(f"{file.parent} holds no {file.name}")
     if file.stat().st_size > most:
         raise ValueError(f"{file} is larger than any real {file.name}")
+    other_formats.check_file(file)
     return file
 
 
@@ -231,7 +240,7 @@ def fields(values, where):
 def sizes(folder):
     """Check what has to go together in the configs, once absent fields have their defaults."""
     where = folder / "config.json"
-    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, leftovers.clean)
     text, tower = config.text_config, config.vision_config
     if tower.image_size < tower.patch_size:
         raise ValueError(f"{where}: vision_config: image_size is smaller than patch_size")
@@ -248,16 +257,15 @@ def sizes(folder):
         raise ValueError(f"{where}: vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
     pictures = weights.read_preprocess_config(folder, vision.PreprocessConfig, tower)
     if not len(pictures.image_mean) == len(pictures.image_std) == 3:
-        raise ValueError(f"{folder}: preprocessor_config.json: image_mean and image_std must have 3 numbers")
+        file = folder / ("processor_config.json" if has_nested(folder) else "preprocessor_config.json")
+        raise ValueError(f"{file}: image_mean and image_std must have 3 numbers")
 
 
 def shards(folder):
     """weights.shards, of a folder that may hold anything → the files."""
     if not (folder / weights.SINGLE).exists():
         if not (folder / weights.INDEX).exists():
-            kept = sorted(file.name for file in folder.iterdir() if file.name.endswith(PICKLED))
-            nothing = f"{folder} holds neither {weights.SINGLE} nor {weights.INDEX}"
-            raise OSError(pickled(folder, kept[0]) if kept else nothing)
+            raise OSError(f"{folder} holds neither {weights.SINGLE} nor {weights.INDEX}")
         names = read_json(folder / weights.INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ValueError(f"{folder / weights.INDEX} has no weight_map that says which tensor is in which file")
@@ -271,10 +279,3 @@ def shards(folder):
         if file.exists() and not file.is_file():  # opening a pipe would block
             raise ValueError(f"{file} is a folder or a pipe, and should be a file")
     return files
-
-
-def pickled(where, name):
-    return (
-        f"{where} holds its weights only as {name}: such files are pickled, can run any code when opened and are not "
-        f"read here. Ask for a repository with .safetensors files"
-    )

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from extras import checks
+from extras import checks, other_formats
 from weights import INDEX, SINGLE
 
 CONFIGS = [
@@ -26,6 +26,12 @@ def find(model, revision=None):
         return Path(__file__).resolve().parent.parent / "tiny"
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file():
+        file = Path(model)
+        raise OSError(
+            other_formats.without_weights(file.parent, [file.name], file.parent)
+            or f"{model} is a file: give the folder that holds it, with its config.json"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
         raise OSError(
             f"there is no model folder {model}: give a folder, a Hub id such as llava-hf/llava-1.5-7b-hf, or tiny"
@@ -42,7 +48,8 @@ def download(repo, revision):
 
     here = f"{repo} at revision {revision}" if revision else repo
     try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[*CONFIGS, INDEX]))
+        wanted = [*CONFIGS, INDEX, "adapter_config.json"]  # the last one only to say whose adapter it is
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
         commit = folder.name  # so that all the files are of the same one
         files = [file.name for file in checks.shards(folder)] if (folder / INDEX).exists() else [SINGLE]
         for name in files:
@@ -62,14 +69,11 @@ def download(repo, revision):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
         raise OSError(f"{here} is not in the cache and {why}: give a folder, or --model tiny") from None
     except errors.EntryNotFoundError:
-        kept = []
+        why = None
         with contextlib.suppress(OSError, errors.HTTPError):  # no answer now: then it is just missing
-            kept = [
-                file
-                for file in HfApi().list_repo_files(repo, revision=commit)
-                if file.endswith(checks.PICKLED) and name == SINGLE
-            ]
-        raise OSError(checks.pickled(here, kept[0]) if kept else f"{here} holds no {name}") from None
+            if name == SINGLE:
+                why = other_formats.without_weights(here, HfApi().list_repo_files(repo, revision=commit), folder)
+        raise OSError(why or f"{here} holds no {name}") from None
     except errors.HfHubHTTPError as error:
         raise OSError(f"the Hub refused {here}: {reason(error)}") from None
     except json.JSONDecodeError:  # HTML instead of JSON: probably a captive portal

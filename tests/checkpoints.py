@@ -124,7 +124,7 @@ def read_config(folder, values, edge=336):
 
 
 def configs(folder):
-    """The config of the model and that of its pictures, as load reads them."""
+    """The config of the model and that of its pictures, as weights.py reads them by itself."""
     config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
     return config, weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
 

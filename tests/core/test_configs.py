@@ -6,11 +6,16 @@ import json
 
 import published
 import pytest
+import torch
 from checkpoints import configs, load, read_config, refusal, same
 from effort import effort
-from reference import PREPROCESSOR
+from pictures import picture
+from reference import PREPROCESSOR, load_reference
 
+import extras.hub
+import extras.speed  # noqa: F401 (load imports them, and to do so takes calls that are not to be counted)
 import llava
+import vision
 
 
 def test_the_published_configs_are_filled_from_the_class_defaults(tmp_path):
@@ -75,7 +80,7 @@ def test_the_class_defaults_are_those_of_transformers(tmp_path):
     ({"text_config": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}}, "rope_"),
     ({"text_config": {"attention_bias": True}}, "text_config: attention_bias is True"),
     ({"text_config": {"mlp_bias": True}}, "text_config: mlp_bias is True"),
-    ({"text_config": {"quantization_config": {"bits": 4}}}, "text_config: the field quantization_config"),
+    ({"text_config": {"quantization_config": {"bits": 4}}}, "text_config: by quantization_config"),
     ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
     ({"wholly_new": 1}, "the field wholly_new = 1"),
     ({"vision_config": {"wholly_new": "x"}}, "vision_config: the field wholly_new"),
@@ -199,6 +204,14 @@ def test_a_checkpoint_without_generation_config_loads(copy):
     assert load(copy.write()).config.eos_token_ids == [2]
 
 
+def test_an_end_that_generation_config_does_not_name_is_that_of_the_config(copy):
+    """transformers takes no end at all then."""
+    (copy.folder / "generation_config.json").write_text("{}")
+    assert load(copy.write()).config.eos_token_ids == [2]
+    assert load_reference(copy.folder).generation_config.eos_token_id is None
+    assert load(copy.config(text_config={"eos_token_id": 7}).folder).config.eos_token_ids == [7]
+
+
 def test_preprocessing_numbers_of_a_folder_that_transformers_5_saved(copy):
     """It writes no preprocessor_config.json: the numbers stand in processor_config.json."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaProcessor
@@ -255,3 +268,90 @@ def test_other_names_and_notes_of_transformers_are_understood(copy):
     config = {"_attn_implementation_autoset": True}
     copy.config(image_token_index=..., image_token_id=index, text_config=config, vision_config=config, **config)
     assert load(copy.write()).config.image_token_index == index
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Two files that say the same thing: which one counts
+
+
+def nest(copy, image_processor):
+    """A processor_config.json beside the older file, as a second save by transformers 5 leaves it."""
+    values = {"processor_class": "LlavaProcessor", "patch_size": 7, "image_processor": image_processor}
+    (copy.folder / "processor_config.json").write_text(json.dumps(values))
+    copy.write()
+    return copy.folder
+
+
+def theirs(folder, image):
+    """The pixels that the reference makes of a picture with the numbers of a folder."""
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(folder, use_fast=False)(image, return_tensors="pt")["pixel_values"]
+
+
+def ours(folder, image):
+    processor = llava.load(str(folder), device="cpu")[1]
+    return processor.prepare([[processor.image_id]], [image])["pixel_values"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"image_mean": [0.5] * 3}, {"resample": 2, "image_std": [0.5] * 3}, {"rescale_factor": 1 / 128}, {},
+])  # fmt: skip
+def test_the_nested_numbers_count_and_not_the_older_file(copy, changes):
+    folder = nest(copy, PREPROCESSOR | changes)
+    copy.config("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    assert torch.equal(ours(folder, picture(40, 30)), theirs(folder, picture(40, 30)))
+
+
+@pytest.mark.parametrize("nested", [{"image_mean": [0.5] * 3}, {}, {"size": {"shortest_edge": 28}}])
+def test_nested_numbers_are_not_merged_with_the_older_file(copy, nested):
+    """What is absent takes the class's default, a crop of 224 pixels: not this tower's."""
+    folder = nest(copy, nested)
+    assert theirs(folder, picture(40, 30)).shape[-2:] == (224, 224)
+    message = refusal(folder)
+    assert "processor_config.json: size" in message and "224" in message and "the 28 pixels" in message
+
+
+@pytest.mark.parametrize("rest", [{"image_processor": None}, {"image_processor": ...}])
+def test_without_nested_numbers_the_older_file_counts(copy, rest):
+    folder = nest(copy, None)
+    copy.config("processor_config.json", **rest)
+    copy.config("preprocessor_config.json", image_mean=[0.5] * 3)
+    assert torch.equal(ours(folder, picture(40, 30)), theirs(folder, picture(40, 30)))
+    (folder / "preprocessor_config.json").unlink()
+    assert "holds no preprocessor_config.json, and no image_processor" in refusal(folder)
+
+
+def test_an_older_file_that_does_not_count_is_not_looked_at(copy):
+    folder = nest(copy, PREPROCESSOR)
+    (folder / "preprocessor_config.json").write_text("not JSON")
+    assert torch.equal(ours(folder, picture(40, 30)), theirs(folder, picture(40, 30)))
+
+
+@pytest.mark.parametrize("nested", ["x", [1], 3])
+def test_nested_numbers_that_are_no_object_are_refused(copy, nested):
+    assert f"processor_config.json: image_processor is {nested!r}, and must be an object" in refusal(nest(copy, nested))
+
+
+def test_a_processor_config_that_is_no_json_is_refused_although_the_older_file_is_there(copy):
+    folder = nest(copy, None)
+    (folder / "processor_config.json").write_text("not JSON")
+    assert "processor_config.json is not valid JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind, pads", [
+    ({"image_processor_type": "LlavaImageProcessor"}, True), ({"image_processor_type": ...}, True),
+    ({"image_processor_type": "LlavaImageProcessorFast"}, True), ({"image_processor_type": None}, True),
+    ({"image_processor_type": "CLIPImageProcessor"}, False),
+    ({"image_processor_type": "CLIPImageProcessorFast"}, False),
+    ({"image_processor_type": ..., "feature_extractor_type": "CLIPFeatureExtractor"}, False),
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["nested", "older"])
+def test_do_pad_counts_only_where_the_references_class_pads(copy, kind, pads, place):
+    values = {name: value for name, value in (PREPROCESSOR | kind | {"do_pad": True}).items() if value is not ...}
+    folder = nest(copy, values if place == "nested" else None)
+    (folder / "preprocessor_config.json").write_text(json.dumps(values if place == "older" else PREPROCESSOR))
+    image = picture(40, 30)
+    plain = vision.preprocess(image, configs(folder)[1], pad=False)
+    assert torch.equal(ours(folder, image), theirs(folder, image))
+    assert torch.equal(ours(folder, image)[0], plain) != pads

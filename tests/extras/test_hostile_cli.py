@@ -198,6 +198,7 @@ PICTURES = {  # case: (arguments made from a folder, exit status, what stderr mu
     "a name that would speak to the terminal": (
         lambda tmp: [IMAGE, "x\x1b]0;title\x07\n\udcff.png"], 2, "no such picture: x"),
 }  # fmt: skip
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 14126000000\n"
 CHECKPOINTS = {  # case: (a folder made from a good one, exit status, what stderr must say)
     "an index that leads to a parent folder": (lambda b, t: indexed(b, t, "../x.safetensors"), 2, "not the bare name"),
     "an index that leads to the root": (lambda b, t: indexed(b, t, "/etc/x.safetensors"), 2, "not the bare name"),
@@ -237,6 +238,16 @@ CHECKPOINTS = {  # case: (a folder made from a good one, exit status, what stder
         "`<\\?>` not found"),
     "code in a checkpoint": (with_code, 0, "prefill"),
     "an empty folder": (lambda b, t: t, 2, "holds no config.json"),
+    "a Git-LFS pointer in place of the weights": (
+        lambda b, t: with_file(b, t, "model.safetensors", POINTER), 2, "a Git-LFS pointer .*: run `git lfs pull`"),
+    "a web page in place of the tokenizer": (
+        lambda b, t: with_file(b, t, "tokenizer.json", b"<!doctype html>"), 2, "tokenizer.json is not .* a web page"),
+    "an adapter without its model": (
+        lambda b, t: written(t / "adapter_config.json", b'{"peft_type": "LORA"}').parent, 2, "only an adapter"),
+    "weights in GGUF": (lambda b, t: written(t / "llava.Q4_K.gguf", b"GGUF").parent, 2, "take the 16-bit checkpoint"),
+    "weights that are quantised": (
+        lambda b, t: configured(b, t, quantization_config={"quant_method": "awq"}), 2, "quantised by AWQ: take the 16"),
+    "leftovers of a trainer": (lambda b, t: configured(b, t, hidden_size=48, unsloth_fixed=True), 0, "prefill"),
 }  # fmt: skip
 TEXTS = {  # case: (arguments, exit status, what stderr must say)
     "special tokens that are typed": (["--prompt", "<image></s><pad><s> USER:"], 0, "prefill"),

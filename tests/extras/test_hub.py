@@ -474,6 +474,22 @@ def test_a_download_that_was_stopped_goes_on_where_it_stopped(hub, nursery, ask,
     assert not list(tmp_path.glob("hub/*/blobs/*.part"))
 
 
+def test_a_repository_of_something_else_is_named_before_anything_large(hub, ask, files, tmp_path):
+    config = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "llava-hf/llava-1.5-7b-hf"}).encode()
+    lures = {file: data for file, data in LURES.items() if not file.endswith((".bin", ".pt"))}
+    small = {file: data for file, data in files.items() if file.endswith(".json")} | {"README.md": b""}
+    hub.add("team/adapter", lures | {"adapter_config.json": config})
+    hub.add("team/gguf", small | {"llava-v1.5-7b-Q4_K.gguf": b"GGUF" * 1000, "mmproj-f16.gguf": b"GGUF"})
+    hub.add("team/mlx", {"weights.npz": b"PK", "config.json": b"{}"})
+    repositories = ["adapter", "gguf", "mlx"]
+    answers = ask(hub, tmp_path, *[("find", f"team/{name}") for name in repositories])
+    said = {name: text for name, (_, text) in zip(repositories, answers, strict=True)}
+    assert "team/adapter holds only an adapter (LORA, of 'llava-hf/llava-1.5-7b-hf')" in said["adapter"]
+    assert "team/gguf holds its weights only as llava-v1.5-7b-Q4_K.gguf: GGUF" in said["gguf"]
+    assert "team/mlx holds its weights only as weights.npz: MLX" in said["mlx"] and "--quantize" in said["mlx"]
+    assert not [file for file in hub.asked() if file.endswith((".safetensors", ".gguf", ".npz"))]
+
+
 def until(condition, seconds=20):
     """The first true value of a condition that somebody else makes true."""
     for _ in range(int(seconds / 0.02)):

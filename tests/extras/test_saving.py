@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import HEAD, load, same, tied
-from reference import load_reference, published_names
+from pictures import picture
+from reference import PATCH, PREPROCESSOR, TINY, load_reference, published_names
 from safetensors.torch import load_file
 
 import llava
-from extras import saving
+from extras import finetune, saving
 
 try:
     import resource
@@ -94,9 +95,9 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(saved, room, shard_size, 
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(6))
 def test_a_disk_that_is_full_later_leaves_the_old_checkpoint(saved, number, monkeypatch):
-    """Each of the small files in turn is the one for which there is no room: three configs and the tokenizer."""
+    """Each of the small files in turn is the one for which there is no room: five configs and the tokenizer."""
     folder, before, (model, processor) = saved
     write_text, left = Path.write_text, [number]
 
@@ -146,3 +147,186 @@ def test_a_tied_model_is_saved_without_its_head_and_loads_again(copy, tmp_path):
     assert same(again, model) and again.llama.head.weight is again.llama.embed.weight
     theirs = load_reference(tmp_path / "saved")
     assert torch.equal(theirs.lm_head.weight, model.llama.embed.weight.double())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A whole folder, for transformers' AutoProcessor
+
+
+def processed(folder):
+    """What AutoProcessor makes of two prompts of unequal length and their pictures, and what it knows of tokens."""
+    from transformers import AutoProcessor
+
+    theirs = AutoProcessor.from_pretrained(folder)
+    texts = ["USER: <image>\nWhat is this, and why? ASSISTANT:", "USER: <image>\nHi ASSISTANT:"]
+    inputs = theirs(images=[picture(40, 90), picture(90, 40)], text=texts, padding=True, return_tensors="pt")
+    words = theirs.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    tokens = theirs.tokenizer.pad_token_id, theirs.tokenizer.eos_token_id, theirs.image_token_id
+    return theirs, dict(inputs), (words, tokens)
+
+
+def check_equal(folder, other):
+    """AutoProcessor gives the same on both folders."""
+    (_, inputs, rest), (_, others, other_rest) = processed(folder), processed(other)
+    assert inputs.keys() == others.keys() == {"input_ids", "attention_mask", "pixel_values"}
+    assert all(torch.equal(inputs[name], others[name]) for name in inputs)
+    assert rest == other_rest
+
+
+def original(copy, image_processor=None, strategy="default"):
+    """A copy as transformers itself saves it, processor and all."""
+    from transformers import AutoTokenizer, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    theirs = LlavaProcessor(
+        image_processor or CLIPImageProcessorPil(**PREPROCESSOR), tokenizer, patch_size=PATCH,
+        vision_feature_select_strategy=strategy, num_additional_image_tokens=1,
+        chat_template="{{ messages[0].content }} ASSISTANT:",
+    )  # fmt: skip
+    theirs.save_pretrained(copy.folder)
+    (copy.folder / "preprocessor_config.json").unlink()
+    return copy.config(vision_feature_select_strategy=strategy).write()
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_a_saved_folder_gives_what_the_folder_of_transformers_gives(copy, strategy, tmp_path):
+    folder = original(copy, strategy=strategy)
+    model, processor = llava.load(folder, device="cpu", dtype=torch.float32)
+    llava.save(model, processor, tmp_path / "saved")
+    check_equal(folder, tmp_path / "saved")
+
+
+def test_tiny_saved_gives_what_tiny_gives(tmp_path):
+    model, processor = llava.load(TINY, device="cpu", dtype=torch.float32)
+    llava.save(model, processor, tmp_path)
+    check_equal(TINY, tmp_path)
+    theirs, inputs, _ = processed(tmp_path)
+    reference = load_reference(tmp_path, torch.float32)
+    new = reference.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    ours = model.generate(**inputs, max_new_tokens=8)
+    assert theirs.batch_decode(new, skip_special_tokens=True) == [processor.decode(row) for row in ours]
+
+
+def test_a_saved_folder_pads_to_a_square_if_its_original_does(copy, tmp_path):
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    folder = original(copy, LlavaImageProcessorPil(**PREPROCESSOR | {"do_pad": True}))
+    model, processor = llava.load(folder, device="cpu")
+    llava.save(model, processor, tmp_path / "saved")
+    assert processor.preprocess_config.do_pad
+    check_equal(folder, tmp_path / "saved")
+    assert llava.load(tmp_path / "saved", device="cpu")[1].preprocess_config.do_pad
+
+
+def test_saving_over_a_folder_of_transformers_leaves_nothing_that_would_count(copy, pairs, tmp_path):
+    """The nested numbers, the names of special tokens and the chat template of another checkpoint."""
+    folder = Path(original(copy))
+    copy.config("processor_config.json", image_processor=PREPROCESSOR | {"image_mean": [0.1, 0.2, 0.3]})
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<unk>", "eos_token": "<unk>"}')
+    (folder / "added_tokens.json").write_text('{"<more>": 700}')
+    (folder / "chat_template.json").write_text('{"chat_template": "of another"}')
+    llava.save(*llava.load(TINY, device="cpu"), folder)
+    check_equal(folder, TINY)
+    assert not {"special_tokens_map.json", "added_tokens.json", *saving.TEMPLATES} & {f.name for f in folder.iterdir()}
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_the_chat_template_is_passed_on(copy, tmp_path, over):
+    folder = original(copy)
+    to = Path(folder) if over else tmp_path / "saved"
+    llava.save(*llava.load(folder, device="cpu"), to)
+    assert processed(to)[0].apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi ASSISTANT:"
+
+
+def test_a_folder_that_holds_an_adapter_is_not_written_to(pair, tmp_path):
+    """transformers would load the adapter and its base model in place of what is saved."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter"):
+        llava.save(*pair[:2], tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A model that cannot be written
+
+
+class Wrapped(torch.nn.Module):
+    """As PEFT wraps a model: what it lacks itself, it asks of the model inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = torch.nn.ModuleDict({"model": model})
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model["model"], name)
+
+
+def more(model):
+    model.llama.extra = torch.nn.Parameter(torch.zeros(3))
+
+
+def one_block_more(model):
+    model.llama.blocks.append(model.llama.blocks[-1])
+
+
+def one_block_less(model):
+    del model.llama.blocks[-1]
+
+
+def no_bias(model):
+    model.projector.linear_2.bias = None
+
+
+def another_shape(model):
+    model.projector.linear_1 = torch.nn.Linear(7, 48)
+
+
+def on_meta(model):
+    model.projector.to("meta")
+
+
+def normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.projector.linear_1)
+
+
+def compiled_block(model):
+    model.llama.blocks[1] = torch.compile(model.llama.blocks[1])
+
+
+BROKEN = {  # what was done to the model → the parameter that is named
+    "LoRA that is not merged": (
+        lambda m: finetune.lora(m, 2) and None, "llama.blocks.0.attention.wq.parametrizations.weight.original has no"),
+    "torch.compile": (torch.compile, "_orig_mod.vision.class_embedding has no place"),
+    "one block compiled": (compiled_block, r"llama.blocks.1._orig_mod.attention_norm.weight has no place"),
+    "PEFT": (Wrapped, "base_model.model.vision.class_embedding has no place"),
+    "DataParallel": (torch.nn.DataParallel, "module.vision.class_embedding has no place"),
+    "weight_norm": (normed, "projector.linear_1.parametrizations.weight.original0 has no place"),
+    "a parameter more": (more, "llama.extra has no place"),
+    "a block more": (one_block_more, r"llama.blocks.3.attention_norm.weight has no place"),
+    "a block less": (one_block_less, r"llama.blocks.2.attention_norm.weight is missing"),
+    "a bias less": (no_bias, "projector.linear_2.bias is missing"),
+    "another shape": (another_shape, r"projector.linear_1.weight has the shape \(48, 7\)"),
+    "no numbers": (on_meta, "projector.linear_1.weight has no numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_model_that_cannot_be_written_is_refused_by_a_parameter(copy, tmp_path, how):
+    model, processor = llava.load(copy.write(), device="cpu", dtype=torch.float32)
+    change, words = BROKEN[how]
+    changed = change(model)
+    model = model if changed is None else changed
+    with pytest.raises(ValueError, match=words) as caught:
+        llava.save(model, processor, tmp_path / "saved")
+    assert "\n" not in str(caught.value) and not (tmp_path / "saved").exists()
+
+
+def test_a_head_that_was_tied_by_hand_is_written_as_the_config_says(copy, tmp_path):
+    model, processor = llava.load(copy.write(), device="cpu", dtype=torch.float32)
+    model.llama.head.weight = model.llama.embed.weight
+    llava.save(model, processor, tmp_path / "saved")
+    assert same(load(tmp_path / "saved"), model)
