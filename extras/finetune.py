@@ -25,8 +25,8 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llava
-from extras.checks import open_image
 from extras.cli import fail
+from extras.intake import open_image
 from extras.turn import context
 
 HELD_BACK = 5  # one line in so many is not trained on

@@ -13,7 +13,7 @@ from reference import EDGE
 from transformers import CLIPImageProcessorPil
 
 import vision
-from extras import checks
+from extras import intake
 
 MODES = ["1", "L", "LA", "P", "P int", "P bytes", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
@@ -71,7 +71,7 @@ def refused(file, *words, kind=(ValueError, OSError)):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(kind) as caught:
-            checks.open_image(file)
+            intake.open_image(file)
     text = str(caught.value)
     assert "\n" not in text and not re.search("0x[0-9a-f]{4}|Traceback|object at|errno", text, re.I), text
     for word in words:
