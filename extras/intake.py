@@ -7,6 +7,7 @@ or of the process is touched, so that threads can open pictures side by side.
 """
 
 import contextlib
+import errno
 import io
 import struct
 import warnings
@@ -50,7 +51,7 @@ def open_image(file):
             head = stream.read(1024)
             stream.seek(start)
             image, note = decode_somehow(stream, head)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no such picture: {name}") from None
     except Refusal as refusal:
         raise ValueError(str(refusal).format(name)) from None
@@ -61,7 +62,9 @@ def open_image(file):
         raise ValueError(f"{name} {what}") from None
     except MemoryError:  # not the file's fault
         raise
-    except Exception:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
+    except Exception as error:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+            raise FileNotFoundError(f"no such picture: {name}") from None
         why = "the file is damaged, cut short or not readable"
         raise ValueError(f"{name} cannot be read as a picture: {why}") from None
     if note:
@@ -238,7 +241,7 @@ BEGINNINGS = {
     **dict.fromkeys((b"\x1aE\xdf\xa3", b"\0\0\1\xba", b"\0\0\1\xb3", b"FLV\1", b"0&\xb2u"), FILM),
     **dict.fromkeys((b"\xff\x0a", b"\0\0\0\x0cJXL"), f"is a JPEG XL picture, and Pillow cannot read it: {EXPORT}"),
     **dict.fromkeys((b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51"), f"is a JPEG 2000 picture, not read here: {EXPORT}"),
-    **dict.fromkeys((b"\0\0\1\0", b"\0\0\2\0"), f"is an icon: {EXPORT}"),
+    b"\0\0\1\0": f"is an icon: {EXPORT}",
     b"%PDF": "is a PDF: save the page or the picture you mean as PNG or JPEG",
     b"8BPS": f"is a Photoshop file: {EXPORT}",
     b"version https://git-lfs": "is a pointer of Git LFS instead of the file: run git lfs pull",

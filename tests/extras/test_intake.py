@@ -1,21 +1,42 @@
 """Pictures from outside: used as the person who took them sees them, or refused in one sentence by their right name."""
 
 import io
+import logging
 import os
 import random
+import signal
 import socket
 import struct
+import sys
 import threading
 import warnings
+import zlib
 
+import numpy as np
 import pytest
+import torch
 from effort import effort
 from examples import examples, tried
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import EXTENSIONS, claimed_png, encoded, picture, pixels, refused
-from PIL import Image, PngImagePlugin
+from pictures import (
+    EXTENSIONS,
+    bmp,
+    claimed_png,
+    encoded,
+    exif,
+    jpeg_with,
+    picture,
+    pixels,
+    png_chunk,
+    png_with,
+    refused,
+    tiff,
+)  # fmt: skip
+from PIL import Image, ImageFile, PngImagePlugin
+from transformers.image_utils import load_image
 
+import llava
 import vision
 from extras import intake
 
@@ -197,15 +218,17 @@ def test_damaged_bytes_give_a_picture_or_one_sentence(kind):
 
 
 def test_a_text_file_and_an_empty_file_are_refused(tmp_path):
-    for name, content in [("notes.png", b"This is not a picture.\n" * 20), ("empty.jpg", b""), ("zeros", bytes(1000))]:
+    for name, content in [("notes.png", b"This is not a picture.\n" * 20), ("zeros", bytes(1000))]:
         (tmp_path / name).write_bytes(content)
         refused(tmp_path / name, f"{tmp_path / name} is not a picture in a known format (PNG, JPEG, ", kind=ValueError)
+    (tmp_path / "empty.jpg").touch()
+    refused(tmp_path / "empty.jpg", f"{tmp_path / 'empty.jpg'} is empty", "downloaded", kind=ValueError)
 
 
 def test_a_format_outside_the_list_is_refused(tmp_path):
-    for kind in ("ICO", "TGA", "PCX"):
+    for kind, what in [("ICO", "is an icon"), ("TGA", "is not a picture in a known"), ("PCX", "in a known format")]:
         picture(16, 16).save(tmp_path / "picture", kind)
-        refused(tmp_path / "picture", "is not a picture in a known format", kind=ValueError)
+        refused(tmp_path / "picture", what, kind=ValueError)
 
 
 def test_a_directory_a_missing_file_and_an_address_are_refused(tmp_path):
@@ -301,3 +324,291 @@ def test_any_bytes_are_a_picture_or_refused(files, content, kind):
     start = files[kind][: len(content) // 2] if kind else b""
     image = tried(intake.open_image, io.BytesIO(start + content))
     assert image is None or image.mode == "RGB"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The state of the process
+
+
+def state():
+    """What a process has once, and threads share."""
+    switches = [Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, PngImagePlugin.MAX_TEXT_CHUNK]
+    switches += [torch.backends.mkldnn.enabled, torch.get_default_dtype(), torch.get_num_threads(), dict(os.environ)]
+    streams = [id(stream) for stream in (sys.stdin, sys.stdout, sys.stderr, warnings.showwarning, warnings.filters)]
+    return [*switches, *streams, list(warnings.filters), signal.getsignal(signal.SIGINT), logging.root.level]
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["a sound file", "a file that is read once more"])
+def test_nothing_of_the_process_is_changed_while_a_picture_is_opened(monkeypatch, odd):
+    """Threads share it: what one puts back, another has put aside."""
+    data = png_with(png_chunk(b"tEXt", b"a\0b", checksum=1)) if odd else png_with()
+    seen, load = [], PngImagePlugin.PngImageFile.load
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: seen.append(state()) or load(self))
+    before = state()
+    intake.open_image(io.BytesIO(data))
+    assert seen and [*seen, state()] == [before] * (len(seen) + 1)
+
+
+def test_threads_that_open_pictures_and_answer_leave_the_process_as_it_was(tmp_path):
+    model, processor = llava.load("tiny", device="cpu")
+    for name, data in [("sound.png", png_with()), ("odd.png", png_with(png_chunk(b"tEXt", b"a\0b", checksum=1)))]:
+        (tmp_path / name).write_bytes(data)
+    seen = []
+    hooks = [model.llama.register_forward_hook(lambda *_: seen.append(state()))]
+    hooks += [model.vision.register_forward_hook(lambda *_: seen.append(state()))]
+    before, answers = state(), []
+
+    def work(name):
+        for _ in range(10):
+            inputs = processor.chat([("user", "What is there?")], [tmp_path / name])
+            answers.append(model.generate(**inputs, max_new_tokens=3))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("sound.png", "odd.png")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    for hook in hooks:
+        hook.remove()
+    assert len(answers) == 20 and len(seen) > 20
+    assert [*seen, state()] == [before] * (len(seen) + 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is not the picture costs no picture
+
+BIG = zlib.compress(b"a" * 3_000_000)
+XMP = b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='6' tiff:Orientation=\"6\"/>"
+ODD = {  # file → (its bytes, whether it says that the picture lies on its side)
+    "a JPEG, a resolution unit that is too long": (jpeg_with(exif=exif((0x0128, 4, 1, 70000))), True),
+    "a JPEG, a text that begins beyond the end": (jpeg_with(exif=exif((0x010F, 2, 400, 99999))), True),
+    "a JPEG, a fraction of which half is missing": (jpeg_with(exif=exif((0x011A, 5, 1, 8))), True),
+    "a JPEG, a tag of an unknown type": (jpeg_with(exif=exif((0x0131, 99, 1, 5))), True),
+    "a JPEG, a place on earth that is nowhere": (jpeg_with(exif=exif((0x8825, 4, 1, 0x7FFFFFFF))), True),
+    "a JPEG, text where a number should be": (jpeg_with(exif=exif((0x011A, 2, 4, 0x61616161))), True),
+    "a JPEG, tags cut short": (jpeg_with(exif=exif()[:20]), False),
+    "a JPEG, an orientation that is none": (jpeg_with(exif=exif(turn=9)), False),
+    "a JPEG, tags that are none": (jpeg_with((0xE1, b"Exif\0\0garbage")), False),
+    "a JPEG, a broken list of pictures": (jpeg_with((0xE2, b"MPF\0II*\0\x08\0\0\0\x05\0" + b"\xb0\xff" * 40)), False),
+    "a JPEG, a broken profile": (jpeg_with((0xE2, b"ICC_PROFILE\0\x05\x02" + b"x" * 99)), False),
+    "a JPEG, Photoshop's block broken": (jpeg_with((0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\xff" + b"x" * 9)), False),
+    "a PNG, a large text": (png_with(png_chunk(b"zTXt", b"x\0\0" + BIG)), False),
+    "a PNG, a large text behind the pixels": (png_with(behind=[png_chunk(b"zTXt", b"x\0\0" + BIG)]), False),
+    "a PNG, a large international text": (png_with(png_chunk(b"iTXt", b"x\0\1\0\0\0" + BIG)), False),
+    "a PNG, a large profile": (png_with(png_chunk(b"iCCP", b"x\0\0" + BIG)), False),
+    "a PNG, many texts": (
+        png_with(*[png_chunk(b"zTXt", b"x%d\0\0" % i + zlib.compress(b"a" * 1_000_000)) for i in range(70)]), False),
+    "a PNG, a wrong checksum of a text": (png_with(png_chunk(b"tEXt", b"a\0b", checksum=1)), False),
+    "a PNG, a wrong checksum of its time": (png_with(png_chunk(b"tIME", bytes(7), checksum=1)), False),
+    "a PNG, a wrong checksum of its tags": (png_with(png_chunk(b"eXIf", exif()[6:], checksum=1)), True),
+    "a PNG, tags that are odd": (png_with(png_chunk(b"eXIf", exif((0x0128, 4, 1, 70000))[6:])), True),
+    "a PNG, tags, and a large text": (
+        png_with(png_chunk(b"eXIf", exif()[6:]), png_chunk(b"zTXt", b"x\0\0" + BIG)), True),
+    "a PNG, XMP that turns it, and a large text": (
+        png_with(png_chunk(b"iTXt", XMP), png_chunk(b"zTXt", b"x\0\0" + BIG)), True),
+    "a PNG, a large XMP": (png_with(png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BIG)), False),
+    "a PNG, a density of the wrong length": (png_with(png_chunk(b"pHYs", b"\0\0")), False),
+    "a PNG, a gamma of the wrong length": (png_with(png_chunk(b"gAMA", b"\0")), False),
+    "a WEBP, a resolution unit that is too long": (
+        encoded(picture(40, 20), "WEBP", lossless=True, exif=exif((0x0128, 4, 1, 70000))[6:]), True),
+    "a TIFF, a resolution of an unknown type": (tiff(40, 20, (274, 3, 1, 6), (282, 99, 1, 5)), True),
+    "a TIFF, a resolution that begins beyond the end": (tiff(40, 20, (274, 3, 1, 6), (282, 5, 1, 99999)), True),
+    "a TIFF, a resolution unit that is no number": (tiff(40, 20, (274, 3, 1, 6), (296, 2, 4, 0x61616161)), True),
+    "a TIFF of a Macintosh, a text without an end": (
+        tiff(40, 20, (274, 3, 1, 6), (305, 2, 10**6, 8), order=">"), True),
+}  # fmt: skip
+SOUND = {"JPEG": jpeg_with(), "PNG": png_with(), "WEBP": png_with(), "TIFF": tiff(40, 20)}
+
+
+@pytest.mark.parametrize("file", ODD)
+@pytest.mark.filterwarnings("ignore:::PIL")
+def test_what_is_not_the_picture_may_be_broken(file):
+    """The pixels are those of the sound file, upright wherever that can be read."""
+    data, turned = ODD[file]
+    expected = pixels(Image.open(io.BytesIO(SOUND[file.split(",")[0].split()[1]])).convert("RGB"))
+    found = pixels(intake.open_image(io.BytesIO(data)))
+    assert (found == (np.rot90(expected, -1) if turned else expected)).all()
+
+
+@pytest.mark.parametrize("name", [b"IHDR", b"tRNS", b"PLTE"])
+def test_a_wrong_checksum_of_the_picture_itself_is_refused(name):
+    data = bytearray(encoded(picture(40, 20).quantize(16), transparency=3))
+    at = data.index(name)
+    end = at + 4 + struct.unpack(">I", data[at - 4 : at])[0]
+    data[end : end + 4] = bytes(4)
+    refused(io.BytesIO(bytes(data)), "standard input cannot be read as a picture", kind=ValueError)
+
+
+def test_a_moving_png_that_is_read_once_more_is_still_one_of_several(tmp_path):
+    data = encoded(picture(40, 20), save_all=True, append_images=[picture(40, 20, seed=1)])
+    odd = data[:33] + png_chunk(b"tEXt", b"a\0b", checksum=1) + data[33:]
+    with pytest.warns(UserWarning, match="several pictures"):
+        assert (pixels(intake.open_image(io.BytesIO(odd))) == pixels(picture(40, 20))).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Previews
+
+DNG, NEF = (50706, 1, 4, b"\1\4\0\0"), (254, 4, 1, 1)
+RAW = {
+    "DNG": tiff(16, 12, NEF, DNG, inside=(64, 48)),
+    "DNG without a flag": tiff(16, 12, DNG),
+    "NEF": tiff(16, 12, NEF, inside=(64, 48), order=">"),
+    "NEF with a smaller one inside": tiff(16, 12, NEF, inside=(8, 6), order=">"),
+    "ARW without a flag": tiff(16, 12, inside=(64, 48)),
+    "CR2": tiff(16, 12, magic=b"CR\2\0"),
+    "DNG with an odd tag": tiff(16, 12, NEF, DNG, (282, 99, 1, 5)),
+}
+
+
+@pytest.mark.parametrize("file", RAW)
+def test_the_preview_in_a_raw_file_is_not_taken_for_the_picture(file):
+    refused(io.BytesIO(RAW[file]), "standard input is a camera's raw file", "preview of 16 x 12 pixels", "save it as")
+
+
+@pytest.mark.parametrize("tags", [[(254, 4, 1, 1)], [(255, 3, 1, 2)], [(254, 4, 1, 5)]], ids=str)
+def test_a_reduced_picture_is_said_to_be_one(tags):
+    with pytest.warns(UserWarning, match="begins with a reduced picture of 16 x 12 pixels") as said:
+        opened = intake.open_image(io.BytesIO(tiff(16, 12, *tags)))
+    assert len(said) == 1 and said[0].filename == __file__
+    assert (pixels(opened)[..., 0] == pixels(picture(16, 12, "L"))).all()
+
+
+@pytest.mark.parametrize("tags, inside", [([], (16, 12)), ([], (8, 6)), ([(254, 4, 1, 0)], None), ([(254, 4, 1, 2)],
+    (8, 6)), ([(254, 2, 4, 0x61616161)], None), ([(330, 4, 1, 10**9)], None), ([(330, 2, 4, 0x61616161)], None)],
+    ids=str)  # fmt: skip
+def test_a_whole_picture_is_taken_without_a_word(tags, inside):
+    """Though it holds smaller ones, or flags that say something else or nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened = intake.open_image(io.BytesIO(tiff(16, 12, *tags, inside=inside)))
+    assert (pixels(opened)[..., 0] == pixels(picture(16, 12, "L"))).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A fourth channel that means nothing
+
+
+def blue_green_red(alpha):
+    """(4, 6, 4) bytes as a BMP stores them, all of them (200, 100, 50)."""
+    colours = np.empty((4, 6, 4), np.uint8)
+    colours[..., :3], colours[..., 3] = (50, 100, 200), alpha
+    return colours
+
+
+MEANINGLESS = {
+    "BMP of version 4": bmp(blue_green_red(0)),
+    "BMP of version 5": bmp(blue_green_red(0), header=124),
+    "BMP of version 4, no mask of alpha": bmp(blue_green_red(0), masks=(0xFF0000, 0xFF00, 0xFF, 0)),
+    "BMP of version 4, another order": bmp(
+        blue_green_red(0)[..., [2, 1, 0, 3]], masks=(0xFF, 0xFF00, 0xFF0000, 0xFF000000)
+    ),
+}
+
+
+@pytest.mark.parametrize("file", MEANINGLESS)
+def test_a_bmp_whose_alpha_is_nought_everywhere_has_its_colours(tmp_path, file):
+    """As Windows shows it, and the reference."""
+    (tmp_path / "x.bmp").write_bytes(MEANINGLESS[file])
+    opened = intake.open_image(tmp_path / "x.bmp")
+    assert opened.mode == "RGB" and (pixels(opened) == (200, 100, 50)).all()
+    assert opened.tobytes() == load_image(str(tmp_path / "x.bmp")).tobytes()
+
+
+def test_a_tiff_that_does_not_say_what_its_fourth_channel_is_has_its_colours(tmp_path):
+    image = Image.new("RGBA", (6, 4), (200, 100, 50, 0))
+    image.save(tmp_path / "x.tif", tiffinfo={274: 6})
+    said = bytearray((tmp_path / "x.tif").read_bytes())
+    assert (pixels(intake.open_image(io.BytesIO(bytes(said)))) == 255).all()  # it says that it is opacity
+    at = said.index(struct.pack("<HHI", 338, 3, 1))
+    said[at : at + 2] = struct.pack("<H", 340)  # no longer
+    opened = intake.open_image(io.BytesIO(bytes(said)))
+    assert opened.size == (4, 6) and (pixels(opened) == (200, 100, 50)).all()
+
+
+def test_opacity_that_means_something_stays():
+    alpha = np.zeros((4, 6), np.uint8)
+    alpha[2, 3] = 255
+    shown = pixels(intake.open_image(io.BytesIO(bmp(blue_green_red(alpha)))))
+    assert (shown[2, 3] == (200, 100, 50)).all() and (shown.sum(-1) == 765).sum() == 23
+    clear = Image.new("RGBA", (6, 4), (200, 100, 50, 0))
+    for kind in ("PNG", "WEBP", "TIFF"):
+        options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+        assert (pixels(intake.open_image(io.BytesIO(encoded(clear, kind, **options)))) == 255).all()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Other formats
+
+needs_avif = pytest.mark.skipif("AVIF" not in intake.FORMATS, reason="this Pillow reads no AVIF")
+
+
+@needs_avif
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_avif_is_read_as_the_reference_reads_it(tmp_path, turn):
+    picture(40, 20).save(tmp_path / "x.avif", exif=exif(turn=turn)[6:])
+    opened, expected = intake.open_image(tmp_path / "x.avif"), load_image(str(tmp_path / "x.avif"))
+    assert opened.size == ((20, 40) if turn in (6, 8) else (40, 20))
+    assert opened.tobytes() == expected.tobytes()
+
+
+@needs_avif
+def test_avif_with_an_odd_tag_is_turned_as_without():
+    """The way up stands in a box of the file; Pillow puts it among the tags, and fails over the odd one."""
+    sound = encoded(picture(40, 20), "AVIF", exif=exif((0x0128, 3, 1, 2))[6:])
+    odd = sound.replace(struct.pack("<HHII", 0x0128, 3, 1, 2), struct.pack("<HHII", 0x0128, 4, 1, 70000))
+    assert odd != sound
+    found = [intake.open_image(io.BytesIO(data)) for data in (sound, odd)]
+    assert found[0].size == (20, 40) and found[0].tobytes() == found[1].tobytes()
+
+
+def box(kind, content):
+    return struct.pack(">I", 8 + len(content)) + kind + content
+
+
+NONE = {  # file → (its beginning, what is said of it)
+    "HEIC": (box(b"ftyp", b"heic\0\0\0\0mif1heic") + bytes(99), ["HEIC", "iPhones", "as PNG or JPEG"]),
+    "HEIC of another brand": (box(b"ftyp", b"mif1\0\0\0\0mif1heic") + bytes(99), ["HEIC"]),
+    "a film": (box(b"ftyp", b"isom\0\0\2\0isomiso2mp41") + bytes(99), ["is a film", "the frame"]),
+    "a film of QuickTime": (box(b"ftyp", b"qt  \0\0\2\0qt  ") + bytes(99), ["is a film"]),
+    "a film of Matroska": (b"\x1aE\xdf\xa3\x01\0\0\0\0\0\0\x1fB\x86\x81\x01", ["is a film"]),
+    "an old film": (b"RIFF\0\1\0\0AVI LIST", ["is a film"]),
+    "CR3": (box(b"ftyp", b"crx \0\0\0\1crx isom") + bytes(99), ["raw file"]),
+    "RAF": (b"FUJIFILMCCD-RAW 0201FF", ["raw file"]),
+    "ORF": (b"IIRO\x08\0\0\0" + bytes(99), ["raw file"]),
+    "a TIFF of raw colours": (tiff(16, 12, order=">").replace(struct.pack(">HHIH", 262, 3, 1, 1),
+                              struct.pack(">HHIH", 262, 3, 1, 32803)), ["TIFF", "raw file", "as PNG or JPEG"]),
+    "SVG": (b'\xef\xbb\xbf\n<svg xmlns="http://www.w3.org/2000/svg"/>', ["SVG", "as PNG or JPEG"]),
+    "SVG with a head": (b'<?xml version="1.0"?>\n<!-- x -->\n<svg/>', ["SVG"]),
+    "a page": (b"\n<!DOCTYPE html>\n<title>403 Forbidden</title>", ["is a web page", "save the picture on it"]),
+    "a page of XML": (b'<?xml version="1.0"?><html xmlns="http://www.w3.org/1999/xhtml">', ["is a web page"]),
+    "a page with a note": (b"<!-- saved --><html><svg/></html>", ["is a web page"]),
+    "a PDF": (b"%PDF-1.7\n%\xe2\xe3", ["is a PDF", "the page"]),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", ["Git LFS", "git lfs pull"]),
+    "a Photoshop file": (b"8BPS\0\1" + bytes(99), ["Photoshop"]),
+    "JPEG XL": (b"\xff\x0a\xfa\x1f", ["JPEG XL"]),
+    "JPEG 2000": (b"\0\0\0\x0cjP  \r\n\x87\n", ["JPEG 2000"]),
+    "an archive": (b"PK\3\4" + bytes(30), ["archive", "unpack"]),
+    "the beginning of a PNG": (b"\x89PNG\r\n\x1a\n\0\0", ["damaged or cut short"]),
+    "the beginning of a WEBP": (b"RIFF\0\1\0\0WEBPVP", ["cannot be read as a picture"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", NONE)
+def test_what_is_no_picture_is_called_by_its_name(tmp_path, file):
+    content, words = NONE[file]
+    (tmp_path / "cat.jpg").write_bytes(content)
+    said = refused(tmp_path / "cat.jpg", f"{tmp_path / 'cat.jpg'} ", *words, kind=ValueError)
+    assert "known format" not in said
+
+
+def test_avif_without_a_reader_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(intake, "FORMATS", ["PNG", "JPEG"])
+    data = box(b"ftyp", b"avif\0\0\0\0avifmif1") + bytes(99)
+    refused(io.BytesIO(data), "is an AVIF picture", "from version 11.3 on", "pip install --upgrade pillow")
+
+
+def test_a_name_that_no_file_can_have_is_one_of_no_picture(tmp_path):
+    (tmp_path / "file").touch()
+    for name in (tmp_path / ("x" * 5000), tmp_path / "file" / "x.png"):
+        refused(name, "no such picture", kind=FileNotFoundError)
