@@ -169,50 +169,50 @@ def versions(stream, head):
     if bare:
         stream.seek(start)
         data = stream.read(MAX_BYTES)
-        for turned in (True, False):  # what says which way is up may be what is broken
+        for used in (True, False):  # what says which way is up is kept, unless it is what is broken
             with contextlib.suppress(struct.error, IndexError):
-                yield io.BytesIO(bare(data, turned))
+                yield io.BytesIO(bare(data, used))
 
 
-def bare_png(data, turned):
+def bare_png(data, used):
     out, at = [data[:8]], 8
     while at + 12 <= len(data):
         size, name = struct.unpack(">I4s", data[at : at + 8])
         body = data[at + 4 : at + 8 + size]
         if name[0] < ord("a") or name == b"tRNS":  # a picture cannot be decoded without it: as it is
             out.append(data[at : at + 12 + size])
-        elif (name in PNG_USED and (turned or name != b"eXIf")) or (turned and body.startswith(PNG_TURNED)):
+        elif used and (name in PNG_USED or body.startswith(PNG_TURNED)):
             out.append(data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body)))
         at += 12 + size
     return b"".join(out)
 
 
-def bare_jpeg(data, turned):
+def bare_jpeg(data, used):
     out, at = [data[:2]], 2
     while data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the pixels
         marker, name = data[at + 1], data[at + 4 : at + 8]
         size = struct.unpack(">H", data[at + 2 : at + 4])[0] + 2
         unused = 0xE1 <= marker <= 0xEF or marker == 0xFE
-        if not unused or ((marker, name) in JPEG_USED and (turned or marker == 0xEE)):
+        if not unused or ((marker, name) in JPEG_USED and (used or marker == 0xEE)):
             out.append(data[at : at + size])
         at += size
     return b"".join([*out, data[at:]])
 
 
-def bare_tiff(data, turned):
+def bare_tiff(data, used):
     """The first directory with the tags that say how the pixels are stored, and no others."""
     order = "<" if data[:2] == b"II" else ">"
     start = struct.unpack(order + "I", data[4:8])[0]
     count = struct.unpack(order + "H", data[start : start + 2])[0]
     end = start + 2 + 12 * count
     entries = [data[at : at + 12] for at in range(start + 2, end, 12)]
-    used = TIFF_USED if turned else TIFF_USED - {274}
-    kept = [entry for entry in entries if struct.unpack(order + "H", entry[:2])[0] in used]
+    wanted = TIFF_USED if used else TIFF_USED - {274}
+    kept = [entry for entry in entries if struct.unpack(order + "H", entry[:2])[0] in wanted]
     directory = struct.pack(order + "H", len(kept)) + b"".join(kept) + data[end : end + 4]  # and where the next one is
     return data[:start] + directory + data[start + len(directory) :]
 
 
-def bare_avif(data, turned):
+def bare_avif(data, used):
     """Its boxes give the way up once more: the tags are made into something that nobody looks for."""
     return data.replace(b"Exif", b"none", 1)
 

@@ -407,13 +407,16 @@ ODD = {  # file → (its bytes, whether it says that the picture lies on its sid
     "a PNG, XMP that turns it, and a large text": (
         png_with(png_chunk(b"iTXt", XMP), png_chunk(b"zTXt", b"x\0\0" + BIG)), True),
     "a PNG, a large XMP": (png_with(png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + BIG)), False),
+    "a PNG, a number of frames of the wrong length": (png_with(png_chunk(b"acTL", b"\0\0\0")), False),
     "a PNG, a density of the wrong length": (png_with(png_chunk(b"pHYs", b"\0\0")), False),
     "a PNG, a gamma of the wrong length": (png_with(png_chunk(b"gAMA", b"\0")), False),
     "a WEBP, a resolution unit that is too long": (
         encoded(picture(40, 20), "WEBP", lossless=True, exif=exif((0x0128, 4, 1, 70000))[6:]), True),
     "a TIFF, a resolution of an unknown type": (tiff(40, 20, (274, 3, 1, 6), (282, 99, 1, 5)), True),
-    "a TIFF, a resolution that begins beyond the end": (tiff(40, 20, (274, 3, 1, 6), (282, 5, 1, 99999)), True),
-    "a TIFF, a resolution unit that is no number": (tiff(40, 20, (274, 3, 1, 6), (296, 2, 4, 0x61616161)), True),
+    "a TIFF, numbers that begin beyond the end": (tiff(40, 20, (274, 3, 1, 6), (269, 9, 100, 99999)), True),
+    "a TIFF, a directory of tags beyond the end": (tiff(40, 20, (274, 3, 1, 6), (34853, 6, 3, 2**32 - 1)), True),
+    "a TIFF, XMP that is no text": (tiff(40, 20, (274, 3, 1, 6), (700, 10, 5, 1)), True),
+    "a TIFF, XMP that is no text, and no orientation": (tiff(40, 20, (700, 2, 3, 8)), False),
     "a TIFF of a Macintosh, a text without an end": (
         tiff(40, 20, (274, 3, 1, 6), (305, 2, 10**6, 8), order=">"), True),
 }  # fmt: skip
