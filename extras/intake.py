@@ -228,9 +228,8 @@ RAW = f"is a camera's raw file: {EXPORT}"
 FILM = "is a film: save the frame you mean as PNG or JPEG"
 HEIC = f"is a HEIC picture, as iPhones take them, and Pillow cannot read it: {EXPORT}"
 DAMAGED = "cannot be read as a picture: the file is damaged or cut short"
+UNREAD = f"is an AVIF picture, which Pillow reads from version 11.3 on: pip install --upgrade pillow, or {EXPORT}"
 BRANDS = {  # of files that begin with a box "ftyp"
-    b"avif": f"is an AVIF picture, which Pillow reads from version 11.3 on: pip install --upgrade pillow, or {EXPORT}",
-    b"avis": f"is a moving AVIF picture, which Pillow reads from version 11.3 on: {EXPORT}",
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), HEIC),
     b"crx ": RAW,
 }
@@ -253,6 +252,8 @@ def kind(head):
     """What a file is that Pillow did not recognise, and what to do, from its first bytes; None if nobody knows."""
     if not head:
         return "is empty: there is no picture in it. Was it downloaded or written to its end?"
+    if head[4:12] in AVIF:
+        return DAMAGED if "AVIF" in FORMATS else UNREAD
     if head[4:8] == b"ftyp":
         return BRANDS.get(head[8:12], FILM)
     if head[:4] == b"RIFF":

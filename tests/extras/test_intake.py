@@ -172,6 +172,7 @@ VARIANTS = {  # name: (format, mode, options); libtiff's own JPEG decoder is lef
     "grey PPM": ("PPM", "L", {}), "PPM of one bit": ("PPM", "1", {}), "PPM of 16 bits": ("PPM", "I", {}),
     "JPEG of inks": ("JPEG", "CMYK", {}),
     **{f"moving {kind}": (kind, "RGB", {"frames": 2}) for kind in ("GIF", "PNG", "TIFF")},
+    **({"AVIF": ("AVIF", "RGB", {})} if "AVIF" in intake.FORMATS else {}),
 }  # fmt: skip
 
 
@@ -540,6 +541,13 @@ def test_opacity_that_means_something_stays():
         assert (pixels(intake.open_image(io.BytesIO(encoded(clear, kind, **options)))) == 255).all()
 
 
+def test_a_transparent_file_is_white_where_the_reference_shows_hidden_colours(tmp_path):
+    """As a PIL image the same picture is white there, too."""
+    Image.new("RGBA", (6, 4), (200, 100, 50, 0)).save(tmp_path / "x.png")
+    assert load_image(str(tmp_path / "x.png")).getpixel((0, 0)) == (200, 100, 50)
+    assert intake.open_image(tmp_path / "x.png").getpixel((0, 0)) == (255, 255, 255)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Other formats
 
@@ -606,9 +614,11 @@ def test_what_is_no_picture_is_called_by_its_name(tmp_path, file):
 
 
 def test_avif_without_a_reader_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(intake, "FORMATS", ["PNG", "JPEG"])
     data = box(b"ftyp", b"avif\0\0\0\0avifmif1") + bytes(99)
+    monkeypatch.setattr(intake, "FORMATS", ["PNG", "JPEG"])
     refused(io.BytesIO(data), "is an AVIF picture", "from version 11.3 on", "pip install --upgrade pillow")
+    monkeypatch.setattr(intake, "FORMATS", ["PNG", "AVIF"])
+    refused(io.BytesIO(data), "is damaged or cut short")
 
 
 def test_a_name_that_no_file_can_have_is_one_of_no_picture(tmp_path):
