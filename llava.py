@@ -485,12 +485,12 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     saved. In a process group of torch.distributed each process holds its part of the language model.
     Raises ValueError or OSError with a complete message; no weights are read before everything is checked.
     """
-    from extras import checks, hub, leftovers, speed
+    from extras import checks, hub, speed
 
     device, dtype = speed.choose(device, dtype, quantize, compile)  # refuses what this machine does not have
     folder = hub.find(model, revision)  # downloads
     checks.checkpoint(folder)  # refuses what no real checkpoint has in its small files
-    config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, leftovers.clean)
+    config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     preprocess_config = weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
     processor = Processor(checks.Tokenizer(folder / "tokenizer.json"), preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet

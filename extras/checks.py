@@ -1,72 +1,25 @@
-"""Walls around what comes from outside: pictures, tokenizers, and the small files of a checkpoint.
+"""Walls around what comes from outside: tokenizers, and the small files of a checkpoint.
+
+llava.load takes two more walls from here that have files of their own: `open_image` of intake.py, for pictures, and
+`clean` of leftovers.py, for what other programs leave in a config.
 
 They are looked at before anything in them is used, and refused with a complete message: what is wrong, and what to do.
-The plain functions of the four modules stand inside, unchanged: `open_image` calls vision.open_image, `Tokenizer` is
-llama.Tokenizer, and `checkpoint` looks at a folder before weights.read_config does. What belongs to strict loading
-(unknown fields, unknown or missing tensors) is in weights.py. docs/robustness.md lists what happens with each kind.
+The plain functions of the four modules stand inside, unchanged: `Tokenizer` is llama.Tokenizer, and `checkpoint` looks
+at a folder before weights.read_config does. What belongs to strict loading (unknown fields, unknown or missing tensors)
+is in weights.py. docs/robustness.md lists what happens with each kind.
 """
 
 import contextlib
-import io
 import os
-import warnings
 from pathlib import Path
-
-from PIL import Image
 
 import llama
 import llava
 import vision
 import weights
-from extras import leftovers, other_formats
-
-# ----------------------------------------------------------------------------------------------------------------
-# Pictures
-
-FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # what cameras, phones and screens write
-MAX_PIXELS = 89_478_485  # the number from which Pillow warns: a small file with more may be a bomb of gigabytes
-MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits: read at most this much from a pipe, which may be endless
-
-
-def open_image(file):
-    """vision.open_image with its formats limited, its size known before it is decoded, and its errors in plain words.
-
-    file: a path, or a binary file object. Raises FileNotFoundError, or ValueError, with a complete message.
-    """
-    if not isinstance(file, (str, Path)) and not hasattr(file, "read"):
-        raise ValueError(f"a picture is a path, a PIL image or a binary file, not a {type(file).__name__}")
-    name = str(file) if isinstance(file, (str, Path)) else "standard input"
-    if name.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{name} is an address; pictures are read from files: download it first")
-    try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as opened:
-            warnings.simplefilter("ignore")  # silence Pillow's own warnings; those that matter are raised below
-            stream = file if hasattr(file, "read") else opened.enter_context(open(file, "rb"))
-            if not stream.seekable():
-                stream = io.BytesIO(stream.read(MAX_BYTES))
-            start = stream.tell()
-            with Image.open(stream, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:  # from the header: nothing has been decoded yet
-                    raise Image.DecompressionBombError
-                # the other frames of an MPO (a phone's JPEG) are previews
-                several = image.format != "MPO" and getattr(image, "is_animated", False)
-            stream.seek(start)
-            image = vision.open_image(stream, FORMATS)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such picture: {name}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name} has over {MAX_PIXELS:,} pixels: shrink it first") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except MemoryError:  # not the file's fault
-        raise
-    except Exception:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
-        why = "the file is damaged, cut short or not readable"
-        raise ValueError(f"{name} cannot be read as a picture: {why}") from None
-    if several:
-        warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=2)
-    return image
-
+from extras import other_formats
+from extras.intake import open_image  # noqa: F401 (for llava.load)
+from extras.leftovers import clean
 
 # ----------------------------------------------------------------------------------------------------------------
 # Tokenizers
@@ -240,7 +193,7 @@ def fields(values, where):
 def sizes(folder):
     """Check what has to go together in the configs, once absent fields have their defaults."""
     where = folder / "config.json"
-    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, leftovers.clean)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, clean)
     text, tower = config.text_config, config.vision_config
     if tower.image_size < tower.patch_size:
         raise ValueError(f"{where}: vision_config: image_size is smaller than patch_size")

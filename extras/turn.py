@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import llama
-from extras import checks
+from extras import intake
 from extras.cli import notice
 
 
@@ -21,7 +21,7 @@ class Conversation:
 
 def open_named(name):
     """The picture of a name at the command line; - is standard input."""
-    return checks.open_image(sys.stdin.buffer if name == "-" else name)
+    return intake.open_image(sys.stdin.buffer if name == "-" else name)
 
 
 def answer(model, processor, options, turns, images, conversation=None):

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
 import weights
-from extras import checks, hub, speed
+from extras import hub, intake, speed
 
 QUESTION = "Describe the image."
 NEW_TOKENS = 24
@@ -243,7 +243,7 @@ def main(arguments=None):
     try:
         dtype, device = speed.pick_dtype(options.dtype), speed.pick_device(options.device)
         folder = hub.find(options.model)
-        image = checks.open_image(options.image or hub.find("tiny") / "scene.png")
+        image = intake.open_image(options.image or hub.find("tiny") / "scene.png")
         other = load_file(options.against) if options.against else {}
         if options.dump:
             Path(options.dump).open("ab").close()  # now, and not after all the work

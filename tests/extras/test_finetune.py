@@ -133,3 +133,12 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert finetune.main([str(folder), "--out", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert finetune.main([str(folder), "--out", str(tmp_path / "new"), "--epochs", "0"]) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_repeats_itself_and_leaves_the_random_numbers_of_the_process_alone(folder, rank):
+    rows, results, before = finetune.read_questions(folder), [], torch.get_rng_state()
+    for _ in range(2):
+        results.append(finetune.train(*llava.load("tiny", device="cpu"), rows, rank, epochs=1))
+    assert results[0] == results[1]
+    assert torch.equal(torch.get_rng_state(), before)

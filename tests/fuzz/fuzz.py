@@ -32,7 +32,7 @@ with atheris.instrument_imports(include=["PIL", "vision", "llama", "weights", "l
     import llava
     import vision
     import weights
-    from extras import checks
+    from extras import checks, intake
 
 TINY = HERE.parents[2] / "tiny"
 CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
@@ -244,7 +244,7 @@ def tokenizer(data):
 
 def picture(data):
     """The bytes of a file; libFuzzer starts from small ones of each format."""
-    image = checks.open_image(io.BytesIO(data.ConsumeBytes(100_000)))
+    image = intake.open_image(io.BytesIO(data.ConsumeBytes(100_000)))
     assert image.mode == "RGB"
     if image.width * image.height < 10**6:
         for pad in (False, True):
@@ -309,7 +309,7 @@ def main():
     corpus = FOLDER / "corpus"
     corpus.mkdir()
     if target is picture:
-        vision.MAX_PIXELS = checks.MAX_PIXELS = (
+        vision.MAX_PIXELS = intake.MAX_PIXELS = (
             4_000_000  # so that thousands of pictures a minute are possible; the cap itself has its tests
         )
         seeds(corpus)
