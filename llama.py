@@ -36,7 +36,8 @@ from torch.utils.checkpoint import checkpoint
 class Tokenizer:
     """Byte-pair encoding as the checkpoint's tokenizer.json describes it.
 
-    The merging itself is left to the library that the file was written for; it is the same in every language model.
+    The merging itself is left to the library that the file was written for; it is the same in every language model. A
+    character outside the vocabulary falls back to its UTF-8 bytes.
     What matters here: a prompt comes in pieces, text as str and special tokens as ids, and is encoded as one string, as
     text depends on what stands beside it: by most files "<image>\nHi" is <image> ▁ \n Hi, by others no "▁" (space)
     follows <image>. And nobody must be able to type a special token: so the string goes to a twin of the tokenizer that
@@ -51,11 +52,12 @@ class Tokenizer:
         self.bos = letter.ids[: letter.special_tokens_mask.index(0)]  # what the file puts in front: [the id of <s>]
         self.twin = tokenizers.Tokenizer(self.bpe.model)  # one model for both
         self.twin.normalizer, self.twin.pre_tokenizer = self.bpe.normalizer, self.bpe.pre_tokenizer
-        self.spelling, self.secret, key = {}, {}, secrets.token_hex(8)  # id → how a special token is spelled
-        for i, token in self.bpe.get_added_tokens_decoder().items():
-            name = self.spelling[i] = token.content
-            token.content = self.secret[i] = f"{name[0]}{key}{i:08}{name[-1]}"  # neighbours may look at its ends
-            self.twin.add_tokens([token])  # with its own flags: whether it takes the spaces beside it, and the like
+        special, key = self.bpe.get_added_tokens_decoder(), secrets.token_hex(8)
+        self.spelling = {i: token.content for i, token in special.items()}
+        self.secret = {i: f"{x[0]}{key}{i:08}{x[-1]}" for i, x in self.spelling.items()}  # neighbours may see its ends
+        for i, token in special.items():
+            token.content = self.secret[i]
+        self.twin.add_tokens([*special.values()])  # with their own flags: to take the spaces beside them, and the like
 
     def id(self, token):
         """The id of a token, None if it is not in the vocabulary."""

@@ -458,11 +458,13 @@ class Processor:
         """
         pieces = []
         for role, words in turns:
+            if not isinstance(words, str):
+                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
             if role == "system":
                 pieces += [words + " "]
             elif role == "user":
                 pictures = [self.image_id, "\n"] * images
-                pieces += [self.before, *pictures, words + self.after]
+                pieces += [self.before, *pictures, words, self.after]
                 images = 0
             elif role == "assistant":
                 pieces += [" " + words, self.eos_id]
