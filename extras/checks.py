@@ -98,9 +98,9 @@ class Tokenizer(llama.Tokenizer):
         self.decode(self.encode("\U0010ffff"))  # a character outside any vocabulary: some broken files fail only there
 
     def encode(self, text, special=True):
+        whole(text)
         if not special:
             return self.encode_pieces([text])
-        whole(text)
         with named(self.file):
             return super().encode(text)
 
