@@ -390,9 +390,9 @@ class Processor:
         """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and pixel_values.
 
         text: special tokens in it count as such; one <image> for each picture. Rows are padded on the left to the
-        longest. images: a PIL image, a path, or a list of them in reading order over all rows. pad: as in
-        vision.preprocess. input_ids and attention_mask (B, T) int64, pixel_values (N, 3, H, W) float32, if there are
-        pictures. Raises ValueError or OSError.
+        longest. images: a PIL image, a path, a list of them in reading order over all rows, or a list of such lists,
+        one for each row. pad: as in vision.preprocess. input_ids and attention_mask (B, T) int64, pixel_values
+        (N, 3, H, W) float32, if there are pictures. Raises ValueError or OSError.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -407,7 +407,8 @@ class Processor:
         prompt for an answer follows.
         """
         images = [] if images is None else as_list(images)
-        return self.prepare([self.tokenizer.bos + self.encode(self.pieces(turns, len(images)))], images, pad)
+        pieces = self.pieces(turns, len(images))
+        return self.prepare([self.tokenizer.bos + self.tokenizer.encode_pieces(pieces)], images, pad)
 
     def prompt(self, question, images=1):
         """A single question as chat would encode it, as a string to look at."""
@@ -420,9 +421,15 @@ class Processor:
     def prepare(self, rows, images, pad=None):
         """Rows of ids and pictures → the dict that the model takes."""
         images = [] if images is None else as_list(images)
-        tokens = sum(row.count(self.image_id) for row in rows)
-        if tokens != len(images):
-            raise ValueError(f"the prompt holds {tokens} {IMAGE} and {len(images)} pictures were given: one for each")
+        dealt = any(isinstance(image, (list, tuple)) for image in images)  # a list of pictures for each row
+        if dealt and len(images) != len(rows):
+            raise ValueError(f"{len(images)} lists of pictures were given for {len(rows)} prompts: one for each")
+        groups = [([row], as_list(x)) for row, x in zip(rows, images, strict=True)] if dealt else [(rows, images)]
+        for n, (prompts, given) in enumerate(groups):
+            tokens, name = sum(row.count(self.image_id) for row in prompts), f"row {n}" if dealt else "the prompt"
+            if tokens != len(given):
+                raise ValueError(f"{name} holds {tokens} {IMAGE} and {len(given)} pictures were given: one for each")
+        images = [image for _, given in groups for image in given]
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -440,6 +447,8 @@ class Processor:
         """
         pieces = []
         for role, words in turns:
+            if not isinstance(words, str):
+                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
             if role == "system":
                 pieces += [words + " "]
             elif role == "user":
@@ -454,21 +463,10 @@ class Processor:
             raise ValueError("pictures were given, but no user turn that they could belong to")
         return pieces
 
-    def encode(self, pieces):
-        """Pieces → ids. Text between two special tokens is encoded as a whole, as the tokenizer would encode it."""
-        ids, text = [], ""
-        for piece in pieces:
-            if isinstance(piece, str):
-                text += piece
-            else:
-                ids += [*self.tokenizer.encode(text, special=False), piece]
-                text = ""
-        return ids + self.tokenizer.encode(text, special=False)
-
     def as_text(self, pieces):
         """Pieces → the string that they stand for."""
-        token = self.tokenizer.bpe.id_to_token  # None for padding rows of the embedding
-        return "".join(piece if isinstance(piece, str) else token(piece) or "" for piece in pieces)
+        names, token = self.tokenizer.spelling, self.tokenizer.bpe.id_to_token  # None for padding rows of the embedding
+        return "".join(x if isinstance(x, str) else names.get(x) or token(x) or "" for x in pieces)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -492,7 +490,8 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     checks.checkpoint(folder)  # refuses what no real checkpoint has in its small files
     config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     preprocess_config = weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
-    processor = Processor(checks.Tokenizer(folder / "tokenizer.json"), preprocess_config, config, checks.open_image)
+    tokenizer = checks.Tokenizer(folder / "tokenizer.json", config.text_config)
+    processor = Processor(tokenizer, preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet
         llava = Llava(config).eval()
     found = weights.scan(llava, folder)

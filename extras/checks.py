@@ -10,6 +10,7 @@ is in weights.py. docs/robustness.md lists what happens with each kind.
 """
 
 import contextlib
+import operator
 import os
 from pathlib import Path
 
@@ -37,24 +38,65 @@ def named(file):
 
 
 class Tokenizer(llama.Tokenizer):
-    """llama.Tokenizer, of a file that may be anything."""
+    """llama.Tokenizer, of a file that may be anything. What the caller gives is looked at first, and is no fault of it.
 
-    def __init__(self, file):
-        self.file = small_file(file)
+    text_config: of the model that it belongs to, which may have rows that stand for no token.
+    """
+
+    def __init__(self, file, text_config=None):
+        self.file, self.text_config = small_file(file), text_config
         with named(file):
             super().__init__(file)
+        added, unknown = self.bpe.get_added_tokens_decoder(), getattr(self.bpe.model, "unk_token", None)
+        self.control = {i for i, token in added.items() if token.special and token.content != unknown}
         self.decode(self.encode("\U0010ffff"))  # a character outside any vocabulary: some broken files fail only there
 
     def encode(self, text, special=True):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"the text {text!r:.100} holds half a character, a lone surrogate")
+        whole(text)
+        if not special:
+            return self.encode_pieces([text])
         with named(self.file):
-            return super().encode(text, special)
+            return super().encode(text)
+
+    def encode_pieces(self, pieces):
+        for piece in pieces:
+            if isinstance(piece, str):
+                whole(piece)
+            else:
+                self.check([piece])
+        with named(self.file):
+            ids = super().encode_pieces(pieces)
+        for i in self.control.intersection(ids):
+            if ids.count(i) > pieces.count(i):  # some models hold them as whole words, and find them in any text
+                raise ValueError(f"{self.file} takes {self.spelling[i]} in a text for a special token: leave it out")
+        return ids
 
     def decode(self, ids):
-        ids = [int(i) for i in ids]
+        ids = self.check(ids)
         with named(self.file):
             return super().decode(ids)
+
+    def check(self, ids):
+        """The ids as a list of int. Raises ValueError that names the first one that is none of the vocabulary's."""
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise ValueError(f"ids are a list of whole numbers, and not {ids!r:.100}") from None
+        rows = 0 if self.text_config is None else self.text_config.vocab_size
+        for i in ids:
+            if not 0 <= i < rows and not (0 <= i < 2**32 and self.bpe.id_to_token(i) is not None):
+                last = max(rows, self.bpe.get_vocab_size()) - 1
+                hint = ": labels hold it where nothing counts, leave it out" if i == -100 else ""
+                raise ValueError(f"{i} is not an id, they are 0 to {last}{hint}")
+        return ids
+
+
+def whole(text):
+    """Raise ValueError unless this is a string of whole characters."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text is a str, and not {text!r:.100}")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"the text {text!r:.100} holds half a character, a lone surrogate")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -204,6 +246,13 @@ def sizes(folder):
     if text.head_dim % 2 or not text.head_dim:
         raise ValueError(f"{where}: text_config: head_dim is {text.head_dim}, and must be even")
     layers, most = llava.as_list(config.vision_feature_layer), tower.num_hidden_layers
+    generation, last = folder / "generation_config.json", text.vocab_size - 1
+    generated = read_json(generation) if generation.exists() else {}
+    for name, ids in (("eos_token_id", config.eos_token_ids), ("pad_token_id", [config.padding])):
+        for i in ids:
+            if not 0 <= i <= last:
+                file = where if generated.get(name) is None else generation
+                raise ValueError(f"{file}: {name} is {i}, and the ids of the vocabulary are 0 to {last}")
     if any(not -most - 1 <= layer <= most for layer in layers):
         raise ValueError(f"{where}: vision_feature_layer is {layers}, and the tower has {most} layers")
     if (strategy := config.vision_feature_select_strategy) not in ("default", "full"):

@@ -113,7 +113,7 @@ def batch(processor, rows):
 
 def encoded(processor, turns):
     """The ids of a conversation about one picture."""
-    return processor.tokenizer.bos + processor.encode(processor.pieces(turns, 1))
+    return processor.tokenizer.bos + processor.tokenizer.encode_pieces(processor.pieces(turns, 1))
 
 
 @torch.no_grad()

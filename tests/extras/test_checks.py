@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizer_files
 import torch
 from checkpoints import EMBED, HEAD, configs, entry, header, load, refusal, same, write_index
 from examples import examples, tried
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from reference import ROOT, TINY, make_checkpoint
+from reference import ROOT, TINY, VOCABULARY, make_checkpoint
+from transformers import AutoTokenizer
 
+import llama
 import llava
 import weights
 from extras import checks
@@ -385,3 +388,132 @@ def test_any_header_is_read_or_refused(folder, checkpoint, data, way):
     if found:
         weights.read(model, found, torch.float32, torch.device("cpu"))
         assert all(np.isfinite(tensor.shape).all() for tensor in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What the caller gives wrongly is the caller's fault, not the tokenizer's
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return llava.load("tiny", device="cpu")[1]
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([5, -100], "-100 is not an id, they are 0 to 639: labels hold it"),
+        (torch.tensor([5, -100, 6]), "-100 is not an id"),
+        ([-1], "-1 is not an id"),
+        ([640], "640 is not an id, they are 0 to 639"),
+        ([2**31], f"{2**31} is not an id"),
+        ([2**32 + 5], f"{2**32 + 5} is not an id"),
+        ([10**30], f"{10**30} is not an id"),
+        ([5.0], r"a list of whole numbers, and not \[5.0\]"),
+        (torch.tensor([5.0]), "a list of whole numbers"),
+        (["5"], "a list of whole numbers"),
+        ("5", "a list of whole numbers"),
+        ([[5, 6]], "a list of whole numbers"),
+        (torch.tensor([[5, 6], [7, 8]]), "a list of whole numbers"),
+        (5, "a list of whole numbers, and not 5"),
+        (torch.tensor(5), "a list of whole numbers"),
+        (None, "a list of whole numbers, and not None"),
+    ],
+    ids=repr,
+)
+def test_ids_that_are_none_are_named(processor, ids, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        processor.decode(ids)
+    assert "tokenizer.json" not in str(caught.value)
+
+
+def test_rows_that_round_the_vocabulary_up_are_no_text(copy):
+    """A model may say such an id, as its head has these rows; the reference decodes it to nothing, too."""
+    processor = llava.load(copy.write(), device="cpu")[1]
+    reference = AutoTokenizer.from_pretrained(copy.folder)
+    rows = processor.tokenizer.text_config.vocab_size = len(reference) + 64
+    ids = [360, rows - 1, len(reference), 360]
+    assert processor.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    with pytest.raises(ValueError, match=f"{rows} is not an id, they are 0 to {rows - 1}"):
+        processor.decode([rows])
+    processor.tokenizer.text_config.vocab_size = 8  # a model whose embedding lacks the tokens that were added
+    assert processor.decode([360]) == reference.decode([360])
+
+
+@pytest.mark.parametrize("text", [None, 5, b"Hi", ["Hi"], 2.5], ids=repr)
+def test_a_text_that_is_none_is_the_callers_fault(processor, text):
+    for encode in (
+        processor.tokenizer.encode,
+        lambda text: processor.tokenizer.encode(text, special=False),
+        lambda text: processor([text]),
+    ):
+        with pytest.raises(ValueError, match="a text is a str, and not") as caught:
+            encode(text)
+        assert "tokenizer.json" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (["a", -100], "-100 is not an id"),
+        ([640], "640 is not an id"),
+        ([2**40, "a"], f"{2**40} is not an id"),
+        (["a", None], "a list of whole numbers"),
+        (["a", 2.0], "a list of whole numbers"),
+        (["a\udcff", 2], "holds half a character"),
+    ],
+)
+def test_pieces_that_are_neither_text_nor_ids_are_the_callers_fault(processor, pieces, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        processor.tokenizer.encode_pieces(pieces)
+    assert "tokenizer.json" not in str(caught.value)
+
+
+def test_a_model_that_finds_a_special_token_in_any_text_is_not_given_it(tmp_path):
+    """One that takes words whole if it has them, and whose words include its special tokens."""
+    rules = {**tokenizer_files.metaspace("never"), "model": {"ignore_merges": True}}
+    tokenizer = checks.Tokenizer(tokenizer_files.write(tmp_path, rules))
+    for typed in ("</s>", "<s>"):
+        assert llama.Tokenizer(tmp_path / "tokenizer.json").encode_pieces([typed]) == [tokenizer.id(typed)]
+        for pieces in ([typed], [2, typed, 638], [1, 2, typed]):
+            with pytest.raises(ValueError, match=f"takes {typed} in a text for a special token"):
+                tokenizer.encode_pieces(pieces)
+        with pytest.raises(ValueError, match=f"takes {typed} in a text for a special token"):
+            tokenizer.encode(typed, special=False)
+    assert tokenizer.encode_pieces(["star", 2, "star", 2]).count(2) == 2
+    assert tokenizer.encode("</s>") == [2]  # the low-level door, where special tokens count
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The ids that end and fill a row
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("generation_config.json", {"pad_token_id": VOCABULARY}),
+        ("generation_config.json", {"pad_token_id": -1}),
+        ("generation_config.json", {"eos_token_id": VOCABULARY}),
+        ("generation_config.json", {"eos_token_id": [2, 9999]}),
+        ("config.json", {"pad_token_id": VOCABULARY}),
+        ("config.json", {"eos_token_id": [-1, 2]}),
+        ("config.json", {"text_config": {"eos_token_id": 32001}}),
+    ],
+    ids=repr,
+)
+def test_ends_and_pads_outside_the_vocabulary_are_refused_by_their_field(copy, file, changes):
+    if file == "config.json":
+        (copy.folder / "generation_config.json").unlink()
+    [(name, value)] = (changes.get("text_config") or changes).items()
+    wrong = next(i for i in (value if isinstance(value, list) else [value]) if not 0 <= i < VOCABULARY)
+    assert f"{file}: {name} is {wrong}, and the ids of the vocabulary are 0 to {VOCABULARY - 1}" in refusal(
+        copy.config(file, **changes).write()
+    )
+
+
+def test_the_last_row_of_the_vocabulary_may_end_and_fill(copy):
+    last = VOCABULARY - 1
+    copy.config("generation_config.json", pad_token_id=last, eos_token_id=[0, last])
+    model, processor = llava.load(copy.write(), device="cpu")
+    inputs = processor(["Hello there, you", "Hi"])
+    assert inputs["input_ids"][1, 0] == last and model(**inputs).logits.isfinite().all()

@@ -159,6 +159,13 @@ def with_code(base, tmp):
     return copy.write()
 
 
+def with_tokens_of_no_kind(base, tmp):
+    values = json.loads((TINY / "tokenizer.json").read_text())
+    for token in values["added_tokens"]:
+        token.update(special=False, normalized=True)
+    return with_file(base, tmp, "tokenizer.json", json.dumps(values).encode())
+
+
 def tokenizer(**changes):
     values = json.loads((TINY / "tokenizer.json").read_text())
     values["model"] |= changes
@@ -246,6 +253,10 @@ CHECKPOINTS = {  # case: (a folder made from a good one, exit status, what stder
         lambda b, t: configured(b, t, text_config={"rope_scaling": {"type": "yarn"}}), 2,
         "text_config.rope_scaling is set"),
     "an unknown field": (lambda b, t: configured(b, t, wholly_new="x" * 10**6), 2, "the field wholly_new"),
+    "a pad id outside the vocabulary, or an end": (
+        lambda b, t: with_file(b, t, "generation_config.json", b'{"eos_token_id": 2, "pad_token_id": 640}'), 2,
+        "pad_token_id is 640, and the ids of the vocabulary are 0 to 639"),
+    "special tokens that the file does not call special": (with_tokens_of_no_kind, 0, "prefill"),
     "a tokenizer that is a list": (
         lambda b, t: with_file(b, t, "tokenizer.json", b"[]"), 2, "cannot be read as a tokenizer"),
     "a tokenizer without its unknown token": (
