@@ -402,9 +402,9 @@ class Processor:
     def chat(self, turns, images=None, pad=None):
         """A conversation → the same dict, in the checkpoint's template.
 
-        turns: a list of (role, words), the roles being system, user and assistant. Words are always plain text: a typed
-        </s> stays four characters. All pictures belong to the first user turn. If the last turn is the user's, the
-        prompt for an answer follows.
+        turns: a list of (role, words), the roles being system, user and assistant, or of (role, words, number of its
+        pictures); without numbers all pictures belong to the first user turn. Words are always plain text: a typed </s>
+        stays four characters. If the last turn is the user's, the prompt for an answer follows.
         """
         images = [] if images is None else as_list(images)
         pieces = self.pieces(turns, len(images))
@@ -445,22 +445,22 @@ class Processor:
 
         So a special token is one that the template puts there, never one that somebody has typed.
         """
-        pieces = []
-        for role, words in turns:
+        pieces, numbered = [], any(len(turn) > 2 for turn in turns)
+        for role, words, *number in turns:
             if not isinstance(words, str):
                 raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
             if role == "system":
                 pieces += [words + " "]
             elif role == "user":
-                pictures = [self.image_id, "\n"] * images
-                pieces += [self.before, *pictures, words, self.after]
-                images = 0
+                own = sum(number) if numbered else images  # without numbers the first one takes them all
+                pieces += [self.before, *[self.image_id, "\n"] * own, words, self.after]
+                images -= own
             elif role == "assistant":
                 pieces += [" " + words, self.eos_id]
             else:
                 raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
         if images:
-            raise ValueError("pictures were given, but no user turn that they could belong to")
+            raise ValueError("pictures were given, but not as many as the user's turns are about")
         return pieces
 
     def as_text(self, pieces):

@@ -208,7 +208,7 @@ def test_unknown_roles_and_pictures_without_a_question_are_refused(ours):
     processor = make_processor(ours)
     with pytest.raises(ValueError, match="role is 'human'"):
         processor.chat([("human", "Hello")])
-    with pytest.raises(ValueError, match="no user turn"):
+    with pytest.raises(ValueError, match="not as many as the user"):
         processor.chat([("assistant", "Hello")], pictures(1))
 
 
@@ -441,3 +441,19 @@ def test_words_of_a_turn_that_are_no_text_are_refused(ours):
         for role in ("system", "user", "assistant"):
             with pytest.raises(ValueError, match="the words of a turn are"):
                 make_processor(ours).chat([(role, words)])
+
+
+def test_a_turn_may_say_how_many_pictures_are_its_own(ours):
+    processor = make_processor(ours)
+    said = [("user", "Hi"), ("assistant", "Yes."), ("user", "And these?", 2), ("assistant", "No.")]
+    said += [("user", "This?", 1)]
+    text = processor.as_text(processor.pieces(said, 3))
+    assert text == (
+        "USER: Hi ASSISTANT: Yes.</s>USER: <image>\n<image>\nAnd these? ASSISTANT: No.</s>"
+        "USER: <image>\nThis? ASSISTANT:"
+    )
+    assert processor.chat(said, pictures(3))["pixel_values"].shape[0] == 3
+    assert processor.as_text(processor.pieces(said[:3], 2)).count("<image>") == 2
+    for number in (2, 4):
+        with pytest.raises(ValueError, match="pictures were given"):
+            processor.chat(said, pictures(number))
