@@ -242,7 +242,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         dtype, device = speed.pick_dtype(options.dtype), speed.pick_device(options.device)
-        folder = hub.find(options.model)
+        folder = hub.complete(options.model, hub.find(options.model))
         image = checks.open_image(options.image or hub.find("tiny") / "scene.png")
         other = load_file(options.against) if options.against else {}
         if options.dump:
