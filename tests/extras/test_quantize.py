@@ -35,7 +35,9 @@ def written_out(layer, dtype):
     return rows
 
 
-@pytest.mark.parametrize("shape", [(128, 256), (96, 352), (640, 64), (1088, 192), (641, 100), (513, 1), (1, 65)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(128, 256), (96, 352), (640, 64), (1088, 192), (641, 100), (513, 1), (1, 65)], ids=str
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape):
     weight = torch.randn(shape, dtype=torch.float64)
