@@ -199,6 +199,7 @@ class Attention(nn.Module):
         if cached is not None:  # write the new keys and values behind the old ones, then look at all of them
             keys, values, positions = cached
             S = mask.shape[-1]  # what is filled: behind it the cache holds nothing yet
+            k, v = k.to(keys.dtype), v.to(values.dtype)  # under autocast they come in another one
             k = keys.index_copy_(2, positions, k)[:, :, :S]  # (B, K, S, E)
             v = values.index_copy_(2, positions, v)[:, :, :S]  # (B, K, S, E)
         x, weights = self.attend(q, k, v, mask, output_attentions)

@@ -486,7 +486,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     from extras import checks, hub, speed
 
     device, dtype = speed.choose(device, dtype, quantize, compile)  # refuses what this machine does not have
-    folder = hub.find(model, revision)  # downloads
+    folder = hub.find(model, revision)  # downloads all but the weights
     checks.checkpoint(folder)  # refuses what no real checkpoint has in its small files
     config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     preprocess_config = weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
@@ -494,7 +494,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     processor = Processor(tokenizer, preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet
         llava = Llava(config).eval()
-    found = weights.scan(llava, folder)
+    found = weights.scan(llava, hub.complete(model, folder))  # downloads the weights
     dtype = speed.prepare(llava, found, device, dtype, quantize, compile)  # puts in what makes it faster
     weights.read(llava, found, dtype, device, hub.progress)
     return llava, processor

@@ -148,11 +148,11 @@ CONFIGS = {  # file → the objects in it that hold fields
 
 
 def checkpoint(folder):
-    """Look at the small files of a checkpoint, and at what its weights are stored in.
+    """Look at the small files of a checkpoint; `shards` looks at those of its weights, which may not be there yet.
 
     Raises ValueError or OSError with a complete message: for a missing file, a pipe, a file too large, one that is
-    not JSON, a value of a wrong type or out of range, sizes that do not go together, pickled weights, a link that
-    leads out, what is no checkpoint but something else (extras/other_formats.py).
+    not JSON, a value of a wrong type or out of range, sizes that do not go together, what is no checkpoint but
+    something else (extras/other_formats.py).
     """
     other_formats.check_folder(folder)
     read_json(folder / "config.json")
@@ -174,9 +174,6 @@ def checkpoint(folder):
     if not nested and not (folder / old).exists():
         raise FileNotFoundError(f"{folder} holds no {old}, and no image_processor in a processor_config.json")
     sizes(folder)
-    for file in shards(folder):
-        if file.exists():  # weights.scan names one that is missing
-            other_formats.check_weights(file)
 
 
 def has_nested(folder):
@@ -264,10 +261,15 @@ def sizes(folder):
 
 
 def shards(folder):
-    """weights.shards, of a folder that may hold anything → the files."""
+    """weights.shards, of a folder that may hold anything → the files.
+
+    Raises ValueError or OSError with a complete message: for pickled weights, an index that is none, a link that leads
+    out, a pipe.
+    """
     if not (folder / weights.SINGLE).exists():
         if not (folder / weights.INDEX).exists():
-            raise OSError(f"{folder} holds neither {weights.SINGLE} nor {weights.INDEX}")
+            why = other_formats.without_weights(folder, [file.name for file in folder.iterdir()], folder)
+            raise OSError(why or f"{folder} holds neither {weights.SINGLE} nor {weights.INDEX}")
         names = read_json(folder / weights.INDEX).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ValueError(f"{folder / weights.INDEX} has no weight_map that says which tensor is in which file")
@@ -280,4 +282,6 @@ def shards(folder):
             raise ValueError(f"{link}: put the file itself there")
         if file.exists() and not file.is_file():  # opening a pipe would block
             raise ValueError(f"{file} is a folder or a pipe, and should be a file")
+        if file.exists():  # weights.scan names one that is missing
+            other_formats.check_weights(file)
     return files

@@ -17,6 +17,8 @@ import signal
 import sys
 import warnings
 
+from extras import memory
+
 SMALL = 20e6  # parameters of a model that one thread computes as fast as several
 QUESTION = "Describe the image."
 AUTHORS_SYSTEM = (  # the sentence that the authors' own code puts in front of every prompt (conv_vicuna_v1)
@@ -158,9 +160,13 @@ def check(options):
 def what_is_missing(error):
     """Describe a lack of memory or a failed device; re-raise anything else, which is a bug."""
     text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        less = "--dtype bfloat16, --quantize int4, fewer or smaller pictures, or --model tiny"
+    less = "--dtype bfloat16, --quantize int4, fewer or smaller pictures, or --model tiny"
+    if "out of memory" in text:  # of a GPU
         return f"there is too little memory: try {less}"
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|Cannot allocate memory|unable to mmap", text):
+        size, whose = memory.limit() or (0, memory.MACHINE)
+        which = "" if whose == memory.MACHINE else f" ({size / 1e9:.1f} GB by {whose})"
+        return f"there is too little memory{which}: try {less}"
     if "CUDA error" in text and "assert" not in text:  # a device-side assert means a bad index: a bug
         return f"the device failed ({text.splitlines()[0]}): start again, or try --device cpu"
     raise error

@@ -18,7 +18,8 @@ CONFIGS = [
 
 
 def find(model, revision=None):
-    """A folder, "tiny" or a Hub id → the folder (pathlib.Path). A Hub id is downloaded unless the Hub's cache has it.
+    """A folder, "tiny" or a Hub id → the folder (pathlib.Path). Of a Hub id all but the weights is downloaded, unless
+    the Hub's cache has it: `complete` fetches these, once the rest has been looked at.
 
     Raises OSError with a finished sentence.
     """
@@ -36,26 +37,53 @@ def find(model, revision=None):
         raise OSError(
             f"there is no model folder {model}: give a folder, a Hub id such as llava-hf/llava-1.5-7b-hf, or tiny"
         )
-    return download(model, revision)
+    from huggingface_hub import snapshot_download
+
+    with refusals(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*CONFIGS, INDEX, other_formats.ADAPTERS[0]]))
 
 
-def download(repo, revision):
-    """Download only the files needed, into the Hub's cache; an interrupted download resumes.
+def complete(model, folder):
+    """Download the weights of a Hub id into the folder that `find` gave for it, and check that they are files of this
+    folder → the folder. An interrupted download resumes.
 
-    Obeys HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN. Returns the folder of the snapshot.
+    Raises ValueError or OSError with a finished sentence.
     """
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
+    if model != "tiny" and not Path(model).is_dir():
+        sharded = not (folder / SINGLE).exists() and (folder / INDEX).exists()
+        download(model, folder, [file.name for file in checks.shards(folder)] if sharded else [SINGLE])
+    checks.shards(folder)
+    return folder
+
+
+def download(repo, folder, files):
+    """Files of a repository into a snapshot of it in the Hub's cache, unless they are there."""
+    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+
+    commit = folder.name  # so that all the files are of the same one
+    for name in files:
+        try:
+            with refusals(repo):
+                if not (folder / name).exists() and not constants.HF_HUB_OFFLINE:
+                    fetch(repo, name, folder)
+                hf_hub_download(repo, name, revision=commit)
+        except errors.EntryNotFoundError:
+            why = None
+            if name == SINGLE:
+                with contextlib.suppress(OSError, errors.HTTPError):  # no answer now: then it is just missing
+                    why = other_formats.without_weights(repo, HfApi().list_repo_files(repo, revision=commit), folder)
+            raise OSError(why or f"{repo} holds no {name}") from None
+
+
+@contextlib.contextmanager
+def refusals(repo, revision=None):
+    """Turn what the Hub's client raises into an OSError with a finished sentence; not that a file is missing."""
+    from huggingface_hub import constants, errors
 
     here = f"{repo} at revision {revision}" if revision else repo
+    elsewhere = "give a folder, or --model tiny"
     try:
-        wanted = [*CONFIGS, INDEX, "adapter_config.json"]  # the last one only to say whose adapter it is
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-        commit = folder.name  # so that all the files are of the same one
-        files = [file.name for file in checks.shards(folder)] if (folder / INDEX).exists() else [SINGLE]
-        for name in files:
-            if not (folder / name).exists() and not constants.HF_HUB_OFFLINE:
-                fetch(repo, name, commit, folder.parents[1] / "blobs")
-            hf_hub_download(repo, name, revision=commit)
+        yield
     except errors.GatedRepoError:
         raise OSError(f"{here} is gated: accept its terms on its page and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
@@ -64,43 +92,47 @@ def download(repo, revision):
         raise OSError(
             f"{here} is neither a folder here nor a repository on the Hub (a private one needs HF_TOKEN)"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = f"the Hub gave no answer ({reason(error.__cause__ or error)})"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.FileMetadataError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, errors.FileMetadataError) and not constants.HF_HUB_OFFLINE:
+            raise OSError(
+                f"{here} cannot be downloaded: {constants.ENDPOINT} does not say which version of a file it holds, as "
+                f"the Hub does (a mirror that drops its headers?): {elsewhere}"
+            ) from None
+        why = f"the Hub gave no answer ({reason(cause)})"
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why
-        raise OSError(f"{here} is not in the cache and {why}: give a folder, or --model tiny") from None
+        raise OSError(f"{here} is not in the cache and {why}: {elsewhere}") from None
     except errors.EntryNotFoundError:
-        why = None
-        with contextlib.suppress(OSError, errors.HTTPError):  # no answer now: then it is just missing
-            if name == SINGLE:
-                why = other_formats.without_weights(here, HfApi().list_repo_files(repo, revision=commit), folder)
-        raise OSError(why or f"{here} holds no {name}") from None
+        raise
     except errors.HfHubHTTPError as error:
         raise OSError(f"the Hub refused {here}: {reason(error)}") from None
     except json.JSONDecodeError:  # HTML instead of JSON: probably a captive portal
-        raise OSError(
-            f"{here} cannot be downloaded: the answer is not from the Hub. Give a folder, or --model tiny"
-        ) from None
+        raise OSError(f"{here} cannot be downloaded: the answer is not from the Hub: {elsewhere}") from None
     except errors.HTTPError as error:  # of the connection
         raise OSError(
             f"the download of {here} was interrupted ({reason(error)}): run the same command to resume"
         ) from None
-    return folder
 
 
-def fetch(repo, name, commit, blobs):
+def fetch(repo, name, folder):
     """A large file into the Hub's cache, where hf_hub_download then finds it. What an earlier call got of it before it
     was stopped is kept and continued, while recent versions of the Hub's own client begin anew.
+
+    As that client does, it goes to blobs/, to which the snapshot links; where there are no links, to the snapshot.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import are_symlinks_supported, http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
+    blobs = folder.parents[1] / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
-    url = hf_hub_url(repo, name, revision=commit)
+    url = hf_hub_url(repo, name, revision=folder.name)
     about = get_hf_file_metadata(url)
+    if about.etag is None:
+        raise errors.FileMetadataError
     whole, part = blobs / about.etag, blobs / f"{about.etag}.part"
     with WeakFileLock(blobs / f"{about.etag}.lock"):  # two processes that want the same file
-        if whole.exists():
+        if whole.exists() or (folder / name).exists():
             return
         with open(part, "ab") as file:
             http_get(
@@ -111,7 +143,7 @@ def fetch(repo, name, commit, blobs):
                 expected_size=about.size,
                 displayed_filename=name,
             )
-        part.replace(whole)
+        part.replace(whole if are_symlinks_supported(blobs.parent) else folder / name)
 
 
 def reason(error):

@@ -56,15 +56,17 @@ def check_file(file):
 
 
 def check_folder(folder):
-    """Raise OSError if a folder holds something else than a model's weights in place of them."""
+    """Raise OSError if a folder holds something else than a model.
+
+    Weights that are missing beside a config.json may still have to be fetched: checks.shards speaks of them.
+    """
     names = [file.name for file in folder.iterdir()]
     adapter = any(name in names for name in ADAPTERS)
     if weights.SINGLE in names or weights.INDEX in names:
         if adapter:
             notice = f"{folder} also holds an adapter ({adapter_of(folder)}): it is not applied"
             warnings.warn(notice, stacklevel=4)  # at load's caller
-        return
-    if message := without_weights(folder, names, folder):
+    elif "config.json" not in names and (message := without_weights(folder, names, folder)):
         raise OSError(message)
 
 

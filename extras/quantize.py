@@ -94,33 +94,47 @@ class QuantizedLinear(nn.Module):
     product   x times some rows, dequantised
     pack      lays the integers out for the kernel of this machine, and says for how many rows of x it pays
     kernel    x times all of them, by that kernel
+
+    Kernels want whole blocks, and some read past the end of what is none. So W is padded to `rows` and `columns`, x
+    with zeros beside it, and the rows too many are cut off the product.
     """
 
-    CHUNK = 512  # rows of W that are dequantised at a time
+    BLOCK = 64  # rows and columns of W come in blocks of so many
+    CHUNK = 512  # rows of W that are dequantised at a time, whole blocks too
 
     def __init__(self, in_features, out_features):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.rows, self.columns = (math.ceil(size / self.BLOCK) * self.BLOCK for size in (out_features, in_features))
         self.most = 0  # up to this many rows of x the kernel is faster than the plain product
 
     def forward(self, x):
         rows = x.flatten(0, -2).contiguous()
+        if self.columns > self.in_features:
+            rows = F.pad(rows, (0, self.columns - self.in_features))
         product = self.kernel if len(rows) <= self.most else self.plain
-        return product(rows).unflatten(0, x.shape[:-1])
+        return product(rows)[:, : self.out_features].unflatten(0, x.shape[:-1])
 
     def plain(self, x):
         """The same product with W dequantised: on a CPU some rows at a time, few enough to stay in its cache."""
-        step = self.CHUNK if x.is_cpu else self.out_features
-        return torch.cat([self.product(x, start, start + step) for start in range(0, self.out_features, step)], dim=-1)
+        step = self.CHUNK if x.is_cpu else self.rows
+        return torch.cat([self.product(x, start, start + step) for start in range(0, self.rows, step)], dim=-1)
 
     def take_weight(self, part, device):
         """Take a slice of a file, (outputs, inputs), some rows at a time, so that little memory is needed beside it."""
         weight = part[:]
-        q, scale = zip(*(self.rounded(rows.float()) for rows in weight.split(self.CHUNK)), strict=True)
+        q, scale = zip(*(self.rounded(self.padded(rows.float())) for rows in weight.split(self.CHUNK)), strict=True)
         self.q, self.scale = torch.cat(q).to(device), torch.cat(scale, self.ROWS_OF_SCALE).to(device)
         if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
             self.pack()
         return weight
+
+    def padded(self, weight):
+        """Some rows of W in whole blocks: the last column is repeated, which leaves the range of each group as it is;
+        below are zeros.
+        """
+        weight = F.pad(weight, (0, self.columns - self.in_features), mode="replicate")
+        return F.pad(weight, (0, 0, 0, -len(weight) % self.BLOCK))
 
 
 class Int8Linear(QuantizedLinear):
@@ -134,8 +148,8 @@ class Int8Linear(QuantizedLinear):
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__(in_features, out_features)
-        self.register_buffer("q", torch.empty(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(out_features, dtype=dtype))
+        self.register_buffer("q", torch.empty(self.rows, self.columns, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(self.rows, dtype=dtype))
 
     def rounded(self, weight):
         scale = (weight.abs().amax(1) / 127).to(self.scale.dtype)
@@ -166,42 +180,39 @@ class Int4Linear(QuantizedLinear):
     """W[n, k] ≈ scale[n, g] · (q[n, k] - 8) + zero[n, g], with q in 0 … 15: a scale and a zero for each group g of 64
     columns.
 
-    A byte holds the q of two rows, 32 apart, as the kernel wants it: q (outputs / 64, inputs, 32). Beside it scale and
-    zero, (inputs / 64, outputs, 2). Both 64s are smaller where a width is not divisible by them, and there is no kernel
-    then.
+    A byte holds the q of two rows, 32 apart, as the kernel wants it: q (rows / 64, columns, 32). Beside it scale and
+    zero, (columns / 64, rows, 2).
     """
 
     ROWS_OF_SCALE = 1
 
     def __init__(self, in_features, out_features, dtype):
         super().__init__(in_features, out_features)
-        self.group, self.block = math.gcd(in_features, 64), math.gcd(out_features, 64)
-        self.register_buffer(
-            "q", torch.empty(out_features // self.block, in_features, self.block // 2, dtype=torch.uint8)
-        )
-        self.register_buffer("scale", torch.empty(in_features // self.group, out_features, 2, dtype=dtype))
+        blocks, groups = self.rows // self.BLOCK, self.columns // self.BLOCK
+        self.register_buffer("q", torch.empty(blocks, self.columns, self.BLOCK // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(groups, self.rows, 2, dtype=dtype))
 
     def rounded(self, weight):
-        groups = weight.unflatten(1, (-1, self.group))
+        groups = weight.unflatten(1, (-1, self.BLOCK))
         low, high = groups.aminmax(dim=2, keepdim=True)
         scale = ((high - low) / 15).to(self.scale.dtype)
         zero = (low + 8 * scale).to(self.scale.dtype)
         q = ((groups - zero) / at_least_tiny(scale)).round().add(8).clamp(0, 15).to(torch.uint8).flatten(1)
-        first, second = q.unflatten(0, (-1, self.block)).transpose(1, 2).chunk(2, dim=2)
+        first, second = q.unflatten(0, (-1, self.BLOCK)).transpose(1, 2).chunk(2, dim=2)
         return first | second << 4, torch.cat([scale, zero], dim=2).transpose(0, 1)
 
     def product(self, x, start, end):
-        q = self.q[start // self.block : end // self.block]
+        q = self.q[start // self.BLOCK : end // self.BLOCK]
         q = torch.cat([q & 15, q >> 4], dim=2).transpose(1, 2).contiguous().to(x.dtype)
-        q = q.flatten(0, 1).unflatten(1, (-1, self.group))
+        q = q.flatten(0, 1).unflatten(1, (-1, self.BLOCK))
         scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
         return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
 
     def pack(self):
-        self.most = 32 if self.group == self.block == 64 and torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
+        self.most = 32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
     def kernel(self, x):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.out_features, -1), self.group, self.scale)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.rows, -1), self.BLOCK, self.scale)
 
 
 def at_least_tiny(scale):

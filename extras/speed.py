@@ -9,6 +9,7 @@ here gives the same numbers as the plain way, or says by how much it differs, an
     E        width of one head
 """
 
+import contextlib
 import math
 import os
 
@@ -16,7 +17,7 @@ import torch
 
 import llama
 import weights
-from extras import parallel, quantize, recorded
+from extras import memory, parallel, quantize, recorded
 
 
 def choose(device, dtype, quantize_to, compile):
@@ -81,10 +82,14 @@ def pick_dtype(dtype):
 
 
 def fastest_dtype(model, device, stored, quantize_to):
-    """What dtype="auto" means. A GPU takes the checkpoint's own. A CPU takes float32, unless the model is so large that
-    reading its weights is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the
-    speed. The kernels of quantised weights take bfloat16 alone.
+    """What dtype="auto" means. A GPU takes the checkpoint's own, but float16 for bfloat16 if it has no units for that
+    and would emulate it, as a T4 or a V100. A CPU takes float32, unless the model is so large that reading its weights
+    is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed. The kernels of
+    quantised weights take bfloat16 alone.
     """
+    if device.type == "cuda" and stored == torch.bfloat16:
+        with contextlib.nullcontext() if device.index is None else torch.cuda.device(device):
+            return stored if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
     large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
@@ -106,17 +111,16 @@ def check_memory(model, device, dtype):
     """Refuse a model that will not fit before reading it, rather than being killed halfway."""
     needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
     needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised and packed layers
+    there = None
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and hasattr(os, "sysconf"):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        there //= int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # the processes of torchrun share it
-    else:
-        return
-    if needed > there:
+        there = torch.cuda.mem_get_info(device)[0], "free"
+    elif device.type == "cpu":
+        there = memory.limit(processes=int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # those of torchrun share it
+    if there is not None and needed > there[0]:
         raise ValueError(
             f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
-            f"{there / 1e9:.1f} GB: try a smaller dtype, --quantize int4, another device or --model tiny"
+            f"{there[0] / 1e9:.1f} GB ({there[1]}): try a smaller dtype, --quantize int4, another device or "
+            f"--model tiny"
         )
 
 

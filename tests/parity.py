@@ -356,7 +356,8 @@ def main(arguments=None):
     try:
         other, said = read_stages(options.against) if options.against else ({}, {})
         dtype = speed.pick_dtype(options.dtype or said.get("dtype", "float64"))
-        device, folder = speed.pick_device(options.device), hub.find(options.model)
+        device = speed.pick_device(options.device)
+        folder = hub.complete(options.model, hub.find(options.model))
         question = said.get("question", QUESTION) if options.question is None else options.question
         picture = options.image or ROOT / said.get("picture", "tiny/scene.png")
         if not options.image and not picture.exists():

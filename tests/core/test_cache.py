@@ -1,8 +1,12 @@
 """The KV cache: whatever the pieces in which a sequence is read, the result is that of reading it at once."""
 
+import contextlib
+
 import pytest
 import torch
-from reference import EDGE, FEATURES, IMAGE, PAD
+from reference import EDGE, FEATURES, IMAGE, PAD, TINY
+
+import llava
 
 TEXT = [1, 40, 41, IMAGE, 42, 43, 44, 45, IMAGE, 46, 47, 48]  # two pictures, expanded to 12 - 2 + 2 * 16 = 42 positions
 SIZE = len(TEXT) + 2 * (FEATURES - 1)
@@ -138,3 +142,43 @@ def test_a_cache_of_another_batch_is_refused(model, inputs):
 def test_a_mask_of_another_length_is_refused(model, inputs):
     with pytest.raises(ValueError, match="a column for each position"):
         model(**inputs, attention_mask=torch.ones(1, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Inside a training loop: autocast multiplies in 16 bits, while the cache has the model's dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_with_a_cache_is_autocast_without(checkpoints, family, dtype):
+    model, processor = llava.load(str(checkpoints[family]), device="cpu", dtype="float32")
+    ids = processor(["USER: hello ASSISTANT: ab cd", "USER: how are you today? ASSISTANT: no"])
+    cache, T = model.init_kv_cache(2, 40), ids["input_ids"].shape[1]
+    with torch.autocast("cpu", dtype=dtype):
+        whole = model(**ids).logits.float()
+        parts = []
+        for start, end in ((0, T - 3), (T - 3, T - 1), (T - 1, T)):  # a prompt, a chunk, a step
+            mask = ids["attention_mask"][:, :end]
+            parts.append(model(ids["input_ids"][:, start:end], attention_mask=mask, kv_cache=cache).logits.float())
+    assert {tensor.dtype for name, tensor in cache.items() if "." in name} == {torch.float32}
+    real = ids["attention_mask"].bool()
+    close = dict(rtol=0.05, atol=0.05 * whole.std().item())
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole[real], **close)
+    torch.testing.assert_close(whole[real], model(**ids).logits[real], **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_under_autocast_a_trained_model_says_the_same(dtype, quantize):
+    model, processor = llava.load("tiny", device="cpu", dtype="float32", quantize=quantize)
+    inputs = processor.chat([("user", "Describe the image.")], [TINY / "scene.png"])
+    runs = []
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=dtype)):
+        with context:
+            answer = model.generate(**inputs, max_new_tokens=12)
+            beams = model.generate(**inputs, max_new_tokens=6, num_beams=3)
+            scores = model.score([answer[0].tolist(), [5, 6]], **inputs)
+            drawn = [int(ids) for ids in model.stream(**inputs, max_new_tokens=4, temperature=0.1, seed=1)]
+        runs.append((answer, beams, drawn, scores))
+    plain, cast = runs
+    assert torch.equal(cast[0], plain[0]) and torch.equal(cast[1], plain[1]) and cast[2] == plain[2]
+    torch.testing.assert_close(cast[3], plain[3], rtol=0.05, atol=0.05)

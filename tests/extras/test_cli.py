@@ -26,7 +26,7 @@ from talkers import COST, CUT, EOS, byte_ids, expected, make_brief_talker, make_
 
 import llava
 import weights
-from extras import chat, cli
+from extras import chat, cli, memory
 
 
 @pytest.fixture(scope="module")
@@ -436,9 +436,15 @@ LACKS = {  # what torch, numpy and Pillow raise where the machine lacks somethin
     "memory that is full": (
         RuntimeError("[enforce fail at alloc_cpu.cpp:122] DefaultCPUAllocator: can't allocate memory: you tried to "
                      "allocate 9"),
-        "too little memory: .*--model tiny",
+        "too little memory.*--model tiny",
     ),
     "no memory for Python": (MemoryError(), "too little memory"),
+    "a file that cannot be mapped": (
+        RuntimeError("unable to mmap 4992933400 bytes from file <m.safetensors>: Cannot allocate memory (12)"),
+        "too little memory.*--model tiny",
+    ),
+    "a file that cannot be mapped by safetensors": (MemoryError("Cannot allocate memory (os error 12)"), "too little"),
+    "no memory for a thread": (RuntimeError("fork: Cannot allocate memory"), "too little memory"),
     "a device that vanishes": (
         RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"),
         r"the device failed \(CUDA error: unspecified launch failure\): start again, or try --device cpu$",
@@ -455,6 +461,16 @@ def test_what_the_machine_lacks_is_said_in_one_sentence(ask, monkeypatch, lack):
     assert is_one_line(ask("--prompt", "Hi"), message)
     monkeypatch.setattr(llava, "load", raising(error))
     assert is_one_line(ask("--prompt", "Hi"), message)
+
+
+def test_memory_that_is_limited_is_said_with_the_limit(ask, monkeypatch):
+    full = RuntimeError("unable to mmap 4992933400 bytes from file <m.safetensors>: Cannot allocate memory (12)")
+    monkeypatch.setattr(llava, "load", raising(full))
+    monkeypatch.setattr(memory, "limit", lambda: (7_500_000_000, memory.ULIMIT))
+    assert is_one_line(ask("--prompt", "Hi"), r"too little memory \(7\.5 GB by ulimit -v\): try .*--model tiny")
+    for unknown in (None, (7_500_000_000, memory.MACHINE)):
+        monkeypatch.setattr(memory, "limit", lambda unknown=unknown: unknown)
+        assert is_one_line(ask("--prompt", "Hi"), "too little memory: try .*--model tiny")
 
 
 def test_an_assertion_on_a_device_is_our_own_mistake(ask, monkeypatch):

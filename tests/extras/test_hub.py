@@ -58,6 +58,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.cut = None  # (bytes after which a large file breaks off, how many times still)
         self.stalled, self.go_on = threading.Event(), threading.Event()
         self.tokens = set()  # (host, token) of each request
+        self.dropped = set()  # headers that are not sent, as by a mirror that knows nothing of them
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def add(self, repo, files, revisions=("main",)):
@@ -149,7 +150,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub = self.server
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
+            if name not in hub.dropped:
+                self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -197,7 +199,7 @@ import extras.hub, extras.speed, llava, weights
 assert "huggingface_hub" not in sys.modules
 
 def find(model, revision):
-    return str(extras.hub.find(model, revision))
+    return str(extras.hub.complete(model, extras.hub.find(model, revision)))
 
 def both(model, revision):  # two processes at once
     child = os.fork()
@@ -420,7 +422,7 @@ def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, mon
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", silent)
     monkeypatch.setattr(extras.hub, "fetch", lambda *_: None)
     with pytest.raises(OSError, match=r"a/b holds no model\.safetensors"):
-        extras.hub.find("a/b")
+        extras.hub.complete("a/b", extras.hub.find("a/b"))
 
 
 def test_a_page_where_the_hub_should_be(monkeypatch):
@@ -513,3 +515,84 @@ def test_two_processes_at_once_on_one_cache(hub, ask, files, checkpoints, tmp_pa
 )
 def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_refused(name):
     assert "there is no model folder" in refusal(name) or name == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Not more than is needed
+
+
+def changed(files, name, **values):
+    return {**files, name: json.dumps(json.loads(files[name]) | values).encode()}
+
+
+def test_a_repository_that_its_small_files_rule_out_costs_not_a_byte_of_weights(hub, ask, files, checkpoints, tmp_path):
+    without = {name: data for name, data in files.items() if name != "preprocessor_config.json"}
+    shards = Path(Checkpoint(checkpoints["llama"], tmp_path / "sharded").write("B", 3))
+    sharded = {**files, **{file.name: file.read_bytes() for file in shards.iterdir()}}
+    del sharded["model.safetensors"]
+    text = json.loads(files["config.json"])["text_config"]
+    cases = {  # what is wrong → the files, and what is said
+        "kind": (changed(files, "config.json", model_type="another"), "describes a"),
+        "field": (changed(files, "config.json", surprise=7), "the field surprise"),
+        "json": ({**files, "config.json": b"{"}, "not valid JSON"),
+        "page": ({**files, "config.json": b"<!DOCTYPE html><html></html>"}, "config.json"),
+        "size": (changed(files, "config.json", text_config=text | {"hidden_size": "wide"}), "hidden_size"),
+        "sharded": ({**sharded, "config.json": b"[]"}, "not a JSON object"),
+        "crop": (changed(files, "preprocessor_config.json", crop_size=99), "crop_size"),
+        "no-preprocessor": (without, "no preprocessor_config.json"),
+        "tokenizer": ({**files, "tokenizer.json": b"{}"}, "cannot be read as a tokenizer"),
+        "no-tokenizer": ({name: data for name, data in files.items() if name != "tokenizer.json"}, "tokenizer.json"),
+        "image-token": (changed(files, "config.json", image_token_index=7), "<image>"),
+    }
+    for name, (contents, _) in cases.items():
+        hub.add(f"team/{name}", contents)
+    said = ask(hub, tmp_path / "home", *[("load", f"team/{name}") for name in cases])
+    for (name, (_, words)), (kind, text) in zip(cases.items(), said, strict=True):
+        assert kind == "error" and words in text, (name, text)
+    assert hub.served == 0 and not any("safetensors" in name for name in hub.asked() if "index" not in name)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_weights_lie_on_the_disk_once(hub, ask, files, checkpoints, tmp_path, links):
+    """Also where files cannot be linked to, as on Windows."""
+    shards = Path(Checkpoint(checkpoints["llama"], tmp_path / "sharded").write("B", 3))
+    sharded = {**files, **{file.name: file.read_bytes() for file in shards.iterdir()}}
+    del sharded["model.safetensors"]
+    hub.add("team/model", files)
+    hub.add("team/sharded", sharded)
+    home, repositories = tmp_path / "home", {"team/model": files, "team/sharded": sharded}
+    settings = {} if links else {"HF_HUB_DISABLE_SYMLINKS": "1"}
+    for _ in range(2):  # the second time all is there
+        said = ask(hub, home, *[("load", name) for name in repositories], **settings)
+        assert said == [["ok", contents(checkpoints["llama"])]] * 2
+        assert hub.served == sum(
+            len(data) for files in repositories.values() for name, data in files.items()
+            if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
+        )  # fmt: skip
+    kept = [file for file in home.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert sum(file.stat().st_size for file in kept if file.stat().st_size > 20_000) < 1.5 * hub.served
+    assert not list(home.rglob("*.part"))
+    assert ask(hub, home, ("load", "team/model"), offline=True, **settings) == said[:1]
+
+
+def test_two_processes_without_links(hub, ask, files, checkpoints, tmp_path):
+    hub.add("a/b", files)
+    kind, (found, status) = ask(hub, tmp_path, ("both", "a/b"), HF_HUB_DISABLE_SYMLINKS="1")[0]
+    assert (kind, found, status) == ("ok", contents(checkpoints["llama"]), 0)
+    assert hub.served == len(files["model.safetensors"])
+
+
+@pytest.mark.parametrize("dropped", [["X-Linked-Etag"], ["ETag"], ["X-Repo-Commit"], ["X-Linked-Etag", "ETag"]])
+def test_a_mirror_that_drops_a_header_is_named_in_one_line(hub, ask, files, tmp_path, dropped):
+    hub.add("team/model", files)
+    hub.dropped = set(dropped)
+    ((kind, text),) = ask(hub, tmp_path, ("load", "team/model"))
+    assert kind == "error" and f"http://127.0.0.1:{hub.server_port} does not say which version" in text
+    assert "team/model" in text and "--model tiny" in text
+    assert hub.served == 0
+
+
+def test_a_mirror_without_sizes_will_do(hub, ask, files, checkpoints, tmp_path):
+    hub.add("team/model", files)
+    hub.dropped = {"X-Linked-Size", "Accept-Ranges"}
+    assert ask(hub, tmp_path, ("load", "team/model")) == [["ok", contents(checkpoints["llama"])]]

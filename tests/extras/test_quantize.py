@@ -25,17 +25,19 @@ def written_out(layer, dtype):
     """The matrix that a quantised layer stands for, by its definition, one number at a time."""
     if isinstance(layer, quantize.Int8Linear):
         q = layer.q.to_dense().T if layer.q.is_mkldnn else layer.q
-        return q.to(dtype) * layer.scale.to(dtype)[:, None]
+        return (q.to(dtype) * layer.scale.to(dtype)[:, None])[: layer.out_features, : layer.in_features]
     rows = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
     for n in range(layer.out_features):
-        byte = layer.q[n // layer.block, :, n % (layer.block // 2)].int()
-        q = byte >> 4 if n % layer.block >= layer.block // 2 else byte & 15
-        scale, zero = layer.scale[:, n].to(dtype).repeat_interleave(layer.group, 0).unbind(1)
+        byte = layer.q[n // 64, : layer.in_features, n % 32].int()
+        q = byte >> 4 if n % 64 >= 32 else byte & 15
+        scale, zero = layer.scale[:, n].to(dtype).repeat_interleave(64, 0)[: layer.in_features].unbind(1)
         rows[n] = (q - 8) * scale + zero
     return rows
 
 
-@pytest.mark.parametrize("shape", [(128, 256), (96, 352), (640, 64), (1088, 192)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(128, 256), (96, 352), (640, 64), (1088, 192), (641, 100), (513, 1), (1, 65)], ids=str
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape):
     weight = torch.randn(shape, dtype=torch.float64)
@@ -44,8 +46,8 @@ def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape)
     matrix = written_out(layer, torch.float64)
     torch.testing.assert_close(layer(x), F.linear(x, matrix), rtol=1e-12, atol=1e-12)
     # and what it stands for is the nearest that its grid has
-    steps = layer.scale[:, None] if scheme == "int8" else layer.scale[..., 0].T.repeat_interleave(layer.group, 1)
-    assert ((matrix - weight).abs() <= steps * 0.5001).all()
+    steps = layer.scale[:, None] if scheme == "int8" else layer.scale[..., 0].T.repeat_interleave(64, 1)
+    assert ((matrix - weight).abs() <= steps[: shape[0], : shape[1]] * 0.5001 + 1e-6).all()
 
 
 def plain_twin(layer, matrix):
@@ -249,3 +251,73 @@ def test_the_memory_is_counted_as_it_will_be():
     assert weights.is_tied(model) is False
     layers = sum(buffer.nbytes for buffer in model.buffers())
     assert 0.55 < layers / (7e9 - 0.5e9) < 0.58  # bytes for each parameter of the language model's layers
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sides that are no whole number of the kernels' blocks, as fine-tuning with a few new words leaves them
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows, columns", [(641, 128), (640, 100), (63, 65), (1, 1), (577, 319)])
+def test_any_sides_are_as_near_as_whole_blocks(scheme, rows, columns):
+    weight, x = torch.randn(640, 320), torch.randn(5, 320)
+    whole = quantized(scheme, weight)(x)
+    whole = (whole - F.linear(x, weight)).norm() / F.linear(x, weight).norm()
+    weight, x = torch.randn(rows, columns), torch.randn(5, columns)
+    part = quantized(scheme, weight)(x)
+    assert part.shape == (5, rows)
+    assert (part - F.linear(x, weight)).norm() / F.linear(x, weight).norm() < 1.5 * whole
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_are_given_whole_blocks(scheme, monkeypatch):
+    """Whatever the sides are: some kernels are not there for others, some read past the end of the memory."""
+    layer = quantized(scheme, torch.randn(641, 100), torch.bfloat16)
+    seen, layer.most = [], 32
+
+    def product(x):
+        seen.append((x.shape, layer.rows, layer.columns, layer.scale.shape))
+        return x.new_zeros(len(x), layer.rows)
+
+    monkeypatch.setattr(layer, "kernel", product)
+    assert layer(torch.randn(2, 1, 100).bfloat16()).shape == (2, 1, 641)
+    scales = {"int8": (704,), "int4": (2, 704, 2)}[scheme]
+    assert seen == [((2, 128), 704, 128, scales)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows, columns", [(65, 100), (129, 63), (1, 1)])
+def test_the_kernel_of_padded_sides_is_the_plain_product(scheme, rows, columns):
+    layer = quantized(scheme, torch.randn(rows, columns), torch.bfloat16)
+    if not layer.most:
+        pytest.skip("this processor has no kernel for it (AVX-512)")
+    x = torch.randn(3, columns).bfloat16()
+    exact = F.linear(x.double(), written_out(layer, torch.float64))
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item() + 1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows, columns", [(641, 128), (640, 101), (33, 7)])
+def test_a_packed_layer_takes_any_sides(rows, columns, bias):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this processor has no oneDNN")
+    linear = torch.nn.Linear(columns, rows, bias=bias)
+    layer = quantize.PackedLinear(columns, rows, torch.float32, bias)  # any processor packs float32
+    layer.take_weight(linear.weight.detach(), "cpu")
+    layer.bias = linear.bias
+    x = torch.randn(2, 3, columns)
+    torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", [641, 642, 643, 703])
+def test_a_vocabulary_that_has_grown_is_quantised(scheme, rows, tmp_path):
+    model, processor = llava.load("tiny", device="cpu")
+    model.resize_token_embeddings(rows)
+    llava.save(model, processor, tmp_path)
+    grown, _ = llava.load(str(tmp_path), device="cpu", quantize=scheme)
+    before, _ = llava.load("tiny", device="cpu", quantize=scheme)
+    inputs = processor("USER: hello ASSISTANT:")
+    logits = grown(**inputs).logits
+    assert logits.shape[-1] == rows
+    torch.testing.assert_close(logits[..., :640], before(**inputs).logits, rtol=1e-4, atol=1e-4)
