@@ -356,6 +356,8 @@ def test_the_ids_of_a_prompt_are_those_of_the_written_prompt(tmp_path, kind, rul
             text = processor.as_text(pieces)
             assert text.count("<image>") == images and "▁<" not in text
             assert ours.bos + ours.encode_pieces(pieces) == theirs(text).input_ids == ours.bos + ours.encode(text)
+    for pieces in ([638, 2, 638, "\n", 2, 2], ["a", 2, "b"], [2, " a ", 638, " b"], ["a", 1, 0, 639, 2], [2]):
+        assert ours.encode_pieces(pieces) == theirs(processor.as_text(pieces), add_special_tokens=False).input_ids
     chatted = processor.chat([("user", "What?")], pictures(1))["input_ids"].tolist()
     assert chatted == processor(processor.prompt("What?"), pictures(1))["input_ids"].tolist()
 
