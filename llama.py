@@ -20,6 +20,7 @@ Notebook: notebooks/3_the_voice.ipynb. Next file: llava.py.
 """
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import tokenizers
@@ -35,16 +36,28 @@ from torch.utils.checkpoint import checkpoint
 class Tokenizer:
     """Byte-pair encoding as the checkpoint's tokenizer.json describes it.
 
-    The merging itself is left to the library that the file was written for; it is the same in every language model.
-    What matters here: text between two special tokens is encoded as if it began a sentence, with a "▁" (space) in
-    front, so "<image>\nHi" becomes <image> ▁ \n Hi. A character outside the vocabulary falls back to its UTF-8 bytes.
+    The merging itself is left to the library that the file was written for; it is the same in every language model. A
+    character outside the vocabulary falls back to its UTF-8 bytes.
+    What matters here: a prompt comes in pieces, text as str and special tokens as ids, and is encoded as one string, as
+    text depends on what stands beside it: by most files "<image>\nHi" is <image> ▁ \n Hi, by others no "▁" (space)
+    follows <image>. And nobody must be able to type a special token: so the string goes to a twin of the tokenizer that
+    knows these tokens by secret spellings alone. To it, "</s>" is four letters.
     """
 
     def __init__(self, file):
         self.bpe = tokenizers.Tokenizer.from_file(str(file))
         self.bpe.no_truncation()  # a prompt cut in the middle of a picture is worse than an error
         self.bpe.no_padding()
-        self.bos = self.bpe.encode("").ids  # what the file puts in front of every text: [the id of <s>]
+        letter = self.bpe.encode("a")
+        self.bos = letter.ids[: letter.special_tokens_mask.index(0)]  # what the file puts in front: [the id of <s>]
+        self.twin = tokenizers.Tokenizer(self.bpe.model)  # one model for both
+        self.twin.normalizer, self.twin.pre_tokenizer = self.bpe.normalizer, self.bpe.pre_tokenizer
+        special, key = self.bpe.get_added_tokens_decoder(), secrets.token_hex(8)
+        self.spelling = {i: token.content for i, token in special.items()}
+        self.secret = {i: f"{x[0]}{key}{i:08}{x[-1]}" for i, x in self.spelling.items()}  # neighbours may see its ends
+        for i, token in special.items():
+            token.content = self.secret[i]
+        self.twin.add_tokens([*special.values()])  # with their own flags: to take the spaces beside them, and the like
 
     def id(self, token):
         """The id of a token, None if it is not in the vocabulary."""
@@ -52,8 +65,21 @@ class Tokenizer:
 
     def encode(self, text, special=True):
         """Text → ids, without <s>. special=False: "</s>", "<image>" and the like are ordinary letters."""
-        self.bpe.encode_special_tokens = not special
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        return self.bpe.encode(text, add_special_tokens=False).ids if special else self.encode_pieces([text])
+
+    def encode_pieces(self, pieces):
+        """The pieces of a prompt, text as str and special tokens as ids → ids, without <s>."""
+        spelled = [x if isinstance(x, str) else self.secret.get(x) or self.bpe.id_to_token(x) or "" for x in pieces]
+        found = self.twin.encode("".join(spelled), add_special_tokens=False)
+        ids, place = found.ids, 0
+        for n, piece in enumerate(pieces):
+            if piece in self.secret:
+                at = found.char_to_token(place)
+                if at is None or ids[at] != self.twin.token_to_id(spelled[n]):  # its flags want other neighbours:
+                    return self.encode_pieces([*pieces[:n], self.spelling[piece], *pieces[n + 1 :]])  # it is letters
+                ids[at] = piece
+            place += len(spelled[n])
+        return ids
 
     def decode(self, ids):
         """Ids → text, special tokens left out."""

@@ -200,7 +200,7 @@ class Llava(nn.Module):
             labels = labels.to(self.device, torch.int64).masked_fill(first, -100)
             if input_ids is not None:
                 labels = labels.masked_fill(input_ids == self.config.image_token_index, -100)
-            loss = next_token_loss(logits, labels[:, kept])
+            loss = next_token_loss(logits, labels, kept)
         return LlavaOutput(loss, logits, kv_cache, hidden_states, attentions, features)
 
     def expand(self, input_ids, attention_mask, labels, pictures, size):
@@ -338,12 +338,14 @@ class Llava(nn.Module):
         self.llama.gradient_checkpointing = self.vision.gradient_checkpointing = on
 
 
-def next_token_loss(logits, labels):
-    """Mean cross-entropy of each position's logits (B, T, V) with the next position's label (B, T), -100 left out.
+def next_token_loss(logits, labels, kept=slice(None)):
+    """Mean cross-entropy of each position's logits (B, T, V) with the label (B, T) of the next position, -100 left out.
 
-    In float32, whatever the logits are (ForCausalLMLoss). nan if no label is left.
+    In float32, whatever the logits are (ForCausalLMLoss). kept: which of the T positions have logits. nan if no label
+    is left.
     """
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)[:, kept]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def check_finite(x, stage):
@@ -388,9 +390,9 @@ class Processor:
         """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and pixel_values.
 
         text: special tokens in it count as such; one <image> for each picture. Rows are padded on the left to the
-        longest. images: a PIL image, a path, or a list of them in reading order over all rows. pad: as in
-        vision.preprocess. input_ids and attention_mask (B, T) int64, pixel_values (N, 3, H, W) float32, if there are
-        pictures. Raises ValueError or OSError.
+        longest. images: a PIL image, a path, a list of them in reading order over all rows, or a list of such lists,
+        one for each row. pad: as in vision.preprocess. input_ids and attention_mask (B, T) int64, pixel_values
+        (N, 3, H, W) float32, if there are pictures. Raises ValueError or OSError.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -400,12 +402,13 @@ class Processor:
     def chat(self, turns, images=None, pad=None):
         """A conversation → the same dict, in the checkpoint's template.
 
-        turns: a list of (role, words), the roles being system, user and assistant. Words are always plain text: a typed
-        </s> stays four characters. All pictures belong to the first user turn. If the last turn is the user's, the
-        prompt for an answer follows.
+        turns: a list of (role, words), the roles being system, user and assistant, or of (role, words, number of its
+        pictures); without numbers all pictures belong to the first user turn. Words are always plain text: a typed </s>
+        stays four characters. If the last turn is the user's, the prompt for an answer follows.
         """
         images = [] if images is None else as_list(images)
-        return self.prepare([self.tokenizer.bos + self.encode(self.pieces(turns, len(images)))], images, pad)
+        pieces = self.pieces(turns, len(images))
+        return self.prepare([self.tokenizer.bos + self.tokenizer.encode_pieces(pieces)], images, pad)
 
     def prompt(self, question, images=1):
         """A single question as chat would encode it, as a string to look at."""
@@ -418,9 +421,15 @@ class Processor:
     def prepare(self, rows, images, pad=None):
         """Rows of ids and pictures → the dict that the model takes."""
         images = [] if images is None else as_list(images)
-        tokens = sum(row.count(self.image_id) for row in rows)
-        if tokens != len(images):
-            raise ValueError(f"the prompt holds {tokens} {IMAGE} and {len(images)} pictures were given: one for each")
+        dealt = any(isinstance(image, (list, tuple)) for image in images)  # a list of pictures for each row
+        if dealt and len(images) != len(rows):
+            raise ValueError(f"{len(images)} lists of pictures were given for {len(rows)} prompts: one for each")
+        groups = [([row], as_list(x)) for row, x in zip(rows, images, strict=True)] if dealt else [(rows, images)]
+        for n, (prompts, given) in enumerate(groups):
+            tokens, name = sum(row.count(self.image_id) for row in prompts), f"row {n}" if dealt else "the prompt"
+            if tokens != len(given):
+                raise ValueError(f"{name} holds {tokens} {IMAGE} and {len(given)} pictures were given: one for each")
+        images = [image for _, given in groups for image in given]
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -436,37 +445,28 @@ class Processor:
 
         So a special token is one that the template puts there, never one that somebody has typed.
         """
-        pieces = []
-        for role, words in turns:
+        pieces, numbered = [], any(len(turn) > 2 for turn in turns)
+        for role, words, *number in turns:
+            if not isinstance(words, str):
+                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
             if role == "system":
                 pieces += [words + " "]
             elif role == "user":
-                pictures = [self.image_id, "\n"] * images
-                pieces += [self.before, *pictures, words, self.after]
-                images = 0
+                own = sum(number) if numbered else images  # without numbers the first one takes them all
+                pieces += [self.before, *[self.image_id, "\n"] * own, words, self.after]
+                images -= own
             elif role == "assistant":
                 pieces += [" " + words, self.eos_id]
             else:
                 raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
         if images:
-            raise ValueError("pictures were given, but no user turn that they could belong to")
+            raise ValueError("pictures were given, but not as many as the user's turns are about")
         return pieces
-
-    def encode(self, pieces):
-        """Pieces → ids. Text between two special tokens is encoded as a whole, as the tokenizer would encode it."""
-        ids, text = [], ""
-        for piece in pieces:
-            if isinstance(piece, str):
-                text += piece
-            else:
-                ids += [*self.tokenizer.encode(text, special=False), piece]
-                text = ""
-        return ids + self.tokenizer.encode(text, special=False)
 
     def as_text(self, pieces):
         """Pieces → the string that they stand for."""
-        token = self.tokenizer.bpe.id_to_token  # None for padding rows of the embedding
-        return "".join(piece if isinstance(piece, str) else token(piece) or "" for piece in pieces)
+        names, token = self.tokenizer.spelling, self.tokenizer.bpe.id_to_token  # None for padding rows of the embedding
+        return "".join(x if isinstance(x, str) else names.get(x) or token(x) or "" for x in pieces)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -483,14 +483,15 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     saved. In a process group of torch.distributed each process holds its part of the language model.
     Raises ValueError or OSError with a complete message; no weights are read before everything is checked.
     """
-    from extras import checks, hub, leftovers, speed
+    from extras import checks, hub, speed
 
     device, dtype = speed.choose(device, dtype, quantize, compile)  # refuses what this machine does not have
     folder = hub.find(model, revision)  # downloads
     checks.checkpoint(folder)  # refuses what no real checkpoint has in its small files
-    config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, leftovers.clean)
+    config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     preprocess_config = weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
-    processor = Processor(checks.Tokenizer(folder / "tokenizer.json"), preprocess_config, config, checks.open_image)
+    tokenizer = checks.Tokenizer(folder / "tokenizer.json", config.text_config)
+    processor = Processor(tokenizer, preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet
         llava = Llava(config).eval()
     found = weights.scan(llava, folder)

@@ -20,13 +20,14 @@ The four files share one key of letters; S, A, E and F are those of the network 
 Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -41,7 +42,28 @@ def open_image(file, formats=None):
     """
     with Image.open(file, formats=formats) as image:
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(upright(image))
+
+
+TURNS = {  # the orientation in a picture's EXIF tags → what brings it upright; 1: nothing
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image):
+    """Turn a picture as its EXIF tags say. Pillow's exif_transpose also rewrites the other tags, and fails over an odd
+    one; but whatever is wrong with the tags, the pixels are whole.
+    """
+    turn = None
+    with contextlib.suppress(Exception):
+        turn = TURNS.get(image.getexif().get(0x0112))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image):

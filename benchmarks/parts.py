@@ -1,9 +1,12 @@
 """The parts of a step on a CPU, each timed alone: a matrix and one vector, and one query over a cache.
 
-python benchmarks/parts.py
-THP_MEM_ALLOC_ENABLE=0 python benchmarks/parts.py     # with pages of 4 kB
+    python benchmarks/parts.py
+    THP_MEM_ALLOC_ENABLE=0 python benchmarks/parts.py     # with pages of 4 kB
+
+It takes no options.
 """
 
+import argparse
 import time
 
 import peers
@@ -59,6 +62,7 @@ def attention(keys):
 
 @torch.no_grad()
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{peers.machine()}; a sum reads {peers.bandwidth() / 1e9:.1f} GB/s\n")
     print("| a matrix of 7B and one vector | ms | GB/s |")
     print("|---|---|---|")

@@ -6,6 +6,7 @@ The shapes are not written here: those of tiny are heard while it runs, those of
 device, which has the published sizes and no numbers.
 """
 
+import argparse
 import html
 import itertools
 import sys
@@ -140,4 +141,5 @@ def drawing():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     (ROOT / "docs" / "architecture.svg").write_text(drawing(), encoding="utf-8")

@@ -1,72 +1,26 @@
-"""Walls around what comes from outside: pictures, tokenizers, and the small files of a checkpoint.
+"""Walls around what comes from outside: tokenizers, and the small files of a checkpoint.
+
+llava.load takes two more walls from here that have files of their own: `open_image` of intake.py, for pictures, and
+`clean` of leftovers.py, for what other programs leave in a config.
 
 They are looked at before anything in them is used, and refused with a complete message: what is wrong, and what to do.
-The plain functions of the four modules stand inside, unchanged: `open_image` calls vision.open_image, `Tokenizer` is
-llama.Tokenizer, and `checkpoint` looks at a folder before weights.read_config does. What belongs to strict loading
-(unknown fields, unknown or missing tensors) is in weights.py. docs/robustness.md lists what happens with each kind.
+The plain functions of the four modules stand inside, unchanged: `Tokenizer` is llama.Tokenizer, and `checkpoint` looks
+at a folder before weights.read_config does. What belongs to strict loading (unknown fields, unknown or missing tensors)
+is in weights.py. docs/robustness.md lists what happens with each kind.
 """
 
 import contextlib
-import io
+import operator
 import os
-import warnings
 from pathlib import Path
-
-from PIL import Image
 
 import llama
 import llava
 import vision
 import weights
-from extras import leftovers, other_formats
-
-# ----------------------------------------------------------------------------------------------------------------
-# Pictures
-
-FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # what cameras, phones and screens write
-MAX_PIXELS = 89_478_485  # the number from which Pillow warns: a small file with more may be a bomb of gigabytes
-MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits: read at most this much from a pipe, which may be endless
-
-
-def open_image(file):
-    """vision.open_image with its formats limited, its size known before it is decoded, and its errors in plain words.
-
-    file: a path, or a binary file object. Raises FileNotFoundError, or ValueError, with a complete message.
-    """
-    if not isinstance(file, (str, Path)) and not hasattr(file, "read"):
-        raise ValueError(f"a picture is a path, a PIL image or a binary file, not a {type(file).__name__}")
-    name = str(file) if isinstance(file, (str, Path)) else "standard input"
-    if name.lower().startswith(("http://", "https://")):
-        raise ValueError(f"{name} is an address; pictures are read from files: download it first")
-    try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as opened:
-            warnings.simplefilter("ignore")  # silence Pillow's own warnings; those that matter are raised below
-            stream = file if hasattr(file, "read") else opened.enter_context(open(file, "rb"))
-            if not stream.seekable():
-                stream = io.BytesIO(stream.read(MAX_BYTES))
-            start = stream.tell()
-            with Image.open(stream, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:  # from the header: nothing has been decoded yet
-                    raise Image.DecompressionBombError
-                # the other frames of an MPO (a phone's JPEG) are previews
-                several = image.format != "MPO" and getattr(image, "is_animated", False)
-            stream.seek(start)
-            image = vision.open_image(stream, FORMATS)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such picture: {name}") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name} has over {MAX_PIXELS:,} pixels: shrink it first") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except MemoryError:  # not the file's fault
-        raise
-    except Exception:  # whatever Pillow's decoders trip over: OSError, SyntaxError, struct.error and more
-        why = "the file is damaged, cut short or not readable"
-        raise ValueError(f"{name} cannot be read as a picture: {why}") from None
-    if several:
-        warnings.warn(f"{name} holds several pictures; only the first one is used", stacklevel=2)
-    return image
-
+from extras import other_formats
+from extras.intake import open_image  # noqa: F401 (for llava.load)
+from extras.leftovers import clean
 
 # ----------------------------------------------------------------------------------------------------------------
 # Tokenizers
@@ -84,24 +38,65 @@ def named(file):
 
 
 class Tokenizer(llama.Tokenizer):
-    """llama.Tokenizer, of a file that may be anything."""
+    """llama.Tokenizer, of a file that may be anything. What the caller gives is looked at first, and is no fault of it.
 
-    def __init__(self, file):
-        self.file = small_file(file)
+    text_config: of the model that it belongs to, which may have rows that stand for no token.
+    """
+
+    def __init__(self, file, text_config=None):
+        self.file, self.text_config = small_file(file), text_config
         with named(file):
             super().__init__(file)
+        added, unknown = self.bpe.get_added_tokens_decoder(), getattr(self.bpe.model, "unk_token", None)
+        self.control = {i for i, token in added.items() if token.special and token.content != unknown}
         self.decode(self.encode("\U0010ffff"))  # a character outside any vocabulary: some broken files fail only there
 
     def encode(self, text, special=True):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"the text {text!r:.100} holds half a character, a lone surrogate")
+        whole(text)
+        if not special:
+            return self.encode_pieces([text])
         with named(self.file):
-            return super().encode(text, special)
+            return super().encode(text)
+
+    def encode_pieces(self, pieces):
+        for piece in pieces:
+            if isinstance(piece, str):
+                whole(piece)
+            else:
+                self.check([piece])
+        with named(self.file):
+            ids = super().encode_pieces(pieces)
+        for i in self.control.intersection(ids):
+            if ids.count(i) > pieces.count(i):  # some models hold them as whole words, and find them in any text
+                raise ValueError(f"{self.file} takes {self.spelling[i]} in a text for a special token: leave it out")
+        return ids
 
     def decode(self, ids):
-        ids = [int(i) for i in ids]
+        ids = self.check(ids)
         with named(self.file):
             return super().decode(ids)
+
+    def check(self, ids):
+        """The ids as a list of int. Raises ValueError that names the first one that is none of the vocabulary's."""
+        try:
+            ids = [operator.index(i) for i in ids]
+        except TypeError:
+            raise ValueError(f"ids are a list of whole numbers, and not {ids!r:.100}") from None
+        rows = 0 if self.text_config is None else self.text_config.vocab_size
+        for i in ids:
+            if not 0 <= i < rows and not (0 <= i < 2**32 and self.bpe.id_to_token(i) is not None):
+                last = max(rows, self.bpe.get_vocab_size()) - 1
+                hint = ": labels hold it where nothing counts, leave it out" if i == -100 else ""
+                raise ValueError(f"{i} is not an id, they are 0 to {last}{hint}")
+        return ids
+
+
+def whole(text):
+    """Raise ValueError unless this is a string of whole characters."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text is a str, and not {text!r:.100}")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"the text {text!r:.100} holds half a character, a lone surrogate")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -240,7 +235,7 @@ def fields(values, where):
 def sizes(folder):
     """Check what has to go together in the configs, once absent fields have their defaults."""
     where = folder / "config.json"
-    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, leftovers.clean)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, clean)
     text, tower = config.text_config, config.vision_config
     if tower.image_size < tower.patch_size:
         raise ValueError(f"{where}: vision_config: image_size is smaller than patch_size")
@@ -251,6 +246,13 @@ def sizes(folder):
     if text.head_dim % 2 or not text.head_dim:
         raise ValueError(f"{where}: text_config: head_dim is {text.head_dim}, and must be even")
     layers, most = llava.as_list(config.vision_feature_layer), tower.num_hidden_layers
+    generation, last = folder / "generation_config.json", text.vocab_size - 1
+    generated = read_json(generation) if generation.exists() else {}
+    for name, ids in (("eos_token_id", config.eos_token_ids), ("pad_token_id", [config.padding])):
+        for i in ids:
+            if not 0 <= i <= last:
+                file = where if generated.get(name) is None else generation
+                raise ValueError(f"{file}: {name} is {i}, and the ids of the vocabulary are 0 to {last}")
     if any(not -most - 1 <= layer <= most for layer in layers):
         raise ValueError(f"{where}: vision_feature_layer is {layers}, and the tower has {most} layers")
     if (strategy := config.vision_feature_select_strategy) not in ("default", "full"):

@@ -12,17 +12,17 @@ def print_choices(model, processor, images, options, turns):
     A choice is worth the likelihood of its tokens and of the end. What all of them share with the question is read
     once.
     """
-    bos, asked = processor.tokenizer.bos, processor.pieces(turns, len(images))
-    pieces = [[*bos, *asked, *processor.pieces([("assistant", words)])] for words in options.choices]
-    rows = [processor.encode(each) for each in pieces]
+    tokenizer, asked = processor.tokenizer, processor.pieces(turns, len(images))
+    pieces = [[*asked, *processor.pieces([("assistant", words)])] for words in options.choices]
+    rows = [tokenizer.bos + tokenizer.encode_pieces(each) for each in pieces]
     # the question ends where the rows part, unless the tokenizer merges a choice's beginning into its last token
-    shared, end = 0, len(processor.encode([*bos, *asked]))
+    shared, end = 0, len(tokenizer.bos + tokenizer.encode_pieces(asked))
     while shared < end and len({row[shared] for row in rows}) == 1:
         shared += 1
     inputs = processor.prepare([rows[0][:shared]], images, options.pad)
     del inputs["attention_mask"]  # a single row has no padding
     for each, row in zip(pieces, rows, strict=True):
-        check_prompt(model, processor, options, each, {**inputs, "input_ids": torch.tensor([row])})
+        check_prompt(model, processor, options, [*tokenizer.bos, *each], {**inputs, "input_ids": torch.tensor([row])})
     notice("each probability is given that the answer is one of these")
     scores = model.score([row[shared:] for row in rows], **inputs)
     for words, probability in zip(options.choices, scores.softmax(0).tolist(), strict=True):

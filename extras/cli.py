@@ -12,6 +12,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -38,7 +39,7 @@ def program():
 
 def main(arguments=None, started=lambda: None):
     """Run the command line → exit status. started: called when all that is heavy is imported."""
-    warnings.showwarning = lambda message, *_, **__: notice(message)
+    warnings.showwarning = show_warning
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its notes on damaged files would go to stderr
     sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it is closed, as by `<&-`
     sys.stderr = sys.stderr or io.StringIO()  # or what is meant for it would go to stdout
@@ -163,6 +164,12 @@ def what_is_missing(error):
     if "CUDA error" in text and "assert" not in text:  # a device-side assert means a bad index: a bug
         return f"the device failed ({text.splitlines()[0]}): start again, or try --device cpu"
     raise error
+
+
+def show_warning(message, category, filename, *_, **__):
+    """A warning is a notice. But what Pillow says about the tags of a file helps nobody: the picture is whole."""
+    if not re.search(r"[/\\]PIL[/\\]", filename):
+        notice(message)
 
 
 def notice(message):

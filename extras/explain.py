@@ -255,7 +255,7 @@ def words(processor, record, said):
 
 def written(processor, token):
     """A token by itself, as it stands in the vocabulary, a space for the sign that stands for one."""
-    return (processor.tokenizer.bpe.id_to_token(token) or f"id {token}").replace("▁", " ")
+    return (processor.as_text([token]) or f"id {token}").replace("▁", " ")
 
 
 def picture(image, model, processor, options):

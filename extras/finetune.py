@@ -25,8 +25,8 @@ from torch.nn.utils import parametrize
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llava
-from extras.checks import open_image
 from extras.cli import fail
+from extras.intake import open_image
 from extras.turn import context
 
 HELD_BACK = 5  # one line in so many is not trained on
@@ -36,23 +36,23 @@ EXAMPLE = next(line.strip() for line in __doc__.splitlines() if "{" in line)
 class LowRank(nn.Module):
     """W → W + B A, with A (rank, in) random and B (out, rank) zero: it begins as W (Hu et al. 2021, section 4.1)."""
 
-    def __init__(self, weight, rank):
+    def __init__(self, weight, rank, generator=None):
         super().__init__()
-        size = dict(device=weight.device, dtype=torch.float32)
-        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], **size) * weight.shape[1] ** -0.5)
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, **size))
+        drawn = torch.randn(rank, weight.shape[1], generator=generator, dtype=torch.float32)
+        self.a = nn.Parameter((drawn * weight.shape[1] ** -0.5).to(weight.device))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device, dtype=torch.float32))
 
     def forward(self, weight):
         return weight + (self.b @ self.a).to(weight.dtype)
 
 
-def lora(model, rank):
+def lora(model, rank, generator=None):
     """Give queries and values of each block of the decoder a change of low rank → its parameters, to be trained."""
     if rank > min(min(block.attention.wv.weight.shape) for block in model.llama.blocks):
         raise ValueError(f"--lora {rank} is no low rank: the matrices themselves have fewer columns")
     linears = [getattr(block.attention, name) for block in model.llama.blocks for name in ("wq", "wv")]
     for linear in linears:
-        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank), unsafe=True)
+        parametrize.register_parametrization(linear, "weight", LowRank(linear.weight, rank, generator), unsafe=True)
     return [p for linear in linears for p in linear.parametrizations.weight[0].parameters()]
 
 
@@ -113,7 +113,7 @@ def batch(processor, rows):
 
 def encoded(processor, turns):
     """The ids of a conversation about one picture."""
-    return processor.tokenizer.bos + processor.encode(processor.pieces(turns, 1))
+    return processor.tokenizer.bos + processor.tokenizer.encode_pieces(processor.pieces(turns, 1))
 
 
 @torch.no_grad()
@@ -130,10 +130,10 @@ def train(model, processor, rows, rank=0, epochs=20, size=8, rate=None, seed=0):
         ids = encoded(processor, [("user", question), ("assistant", answer)])
         if len(ids) + model.vision.grid**2 > context(model):
             raise ValueError(f"the question about {image} is too long: the model has {context(model)} positions")
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of its own: that of the process is the caller's
     model.requires_grad_(False)
     model.gradient_checkpointing = model.device.type == "cuda"
-    parameters = lora(model, rank) if rank else list(model.projector.requires_grad_(True).parameters())
+    parameters = lora(model, rank, generator) if rank else list(model.projector.requires_grad_(True).parameters())
     before = mean_loss(model, processor, taught, size), mean_loss(model, processor, kept, size)
     optimizer = torch.optim.AdamW(parameters, lr=(1e-3 if rank else 2e-3) if rate is None else rate, weight_decay=0.0)
     steps = epochs * -(-len(taught) // size)
@@ -141,7 +141,7 @@ def train(model, processor, rows, rank=0, epochs=20, size=8, rate=None, seed=0):
         optimizer, optimizer.param_groups[0]["lr"], total_steps=max(2, steps), pct_start=0.1
     )
     for _ in range(epochs):
-        order = torch.randperm(len(taught)).tolist()
+        order = torch.randperm(len(taught), generator=generator).tolist()
         for i in range(0, len(taught), size):
             optimizer.zero_grad()
             model(**batch(processor, [taught[k] for k in order[i : i + size]])).loss.backward()

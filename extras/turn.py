@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 import llama
-from extras import checks
+from extras import intake
 from extras.cli import notice
 
 
@@ -21,14 +21,14 @@ class Conversation:
 
 def open_named(name):
     """The picture of a name at the command line; - is standard input."""
-    return checks.open_image(sys.stdin.buffer if name == "-" else name)
+    return intake.open_image(sys.stdin.buffer if name == "-" else name)
 
 
 def answer(model, processor, options, turns, images, conversation=None):
     """Yield the answer to the last turn in pieces of text. The conversation goes on from its end or interruption."""
     conversation = conversation or Conversation(processor.tokenizer.bos)
     pieces = processor.pieces(turns, len(images))
-    inputs = processor.prepare([[*conversation.ids, *processor.encode(pieces)]], images, options.pad)
+    inputs = processor.prepare([following(processor.tokenizer, conversation, pieces)], images, options.pad)
     del inputs["attention_mask"]  # a single row has no padding, and the cache keeps its own mask
     past = llama.length(conversation.kv_cache)
     end = check_prompt(model, processor, options, [*conversation.ids, *pieces], inputs, past)
@@ -53,6 +53,20 @@ def answer(model, processor, options, turns, images, conversation=None):
     print(cost.summary(len(said)), file=sys.stderr)
     if not ended:
         notice(f"the answer is cut off after {len(said)} tokens")
+
+
+def following(tokenizer, conversation, pieces):
+    """The ids that the model has not read yet: the conversation's, and behind them those of the next turn's pieces.
+
+    A later turn is encoded behind the end of the last answer, where the whole conversation has it: text may begin in
+    another way there than it does in front.
+    """
+    ids = conversation.ids
+    if llama.length(conversation.kv_cache):
+        behind = tokenizer.encode_pieces([ids[-1], *pieces])
+        if behind[0] == ids[-1]:  # or, by its flags, this end would be letters in front of a text
+            return [*ids, *behind[1:]]
+    return [*ids, *tokenizer.encode_pieces(pieces)]
 
 
 def as_text(tokenizer, ids, seen=None):

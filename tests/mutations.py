@@ -7,6 +7,7 @@ mutations.txt lists them, and says how a bug is written down. Everything heavy i
 copy of the repository and a fork of this process.
 """
 
+import argparse
 import contextlib
 import os
 import re
@@ -131,7 +132,11 @@ def try_all(mutations, jobs, limit=600):
                 os.killpg(child, signal.SIGKILL)
 
 
-def main(words):
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only the bugs whose names contain one of them")
+    words = parser.parse_args(arguments).words
+
     import reference  # noqa: F401 (transformers and torch, once for all)
     import torch
     from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionModel  # noqa: F401
@@ -155,4 +160,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

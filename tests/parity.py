@@ -10,6 +10,9 @@ of the stage: 1e-9 in float64 (1e-6 for loss and gradients, which transformers c
 Ids, pixels and tokens must be the same. In 16 bits the logits are judged instead, against those in float32: by how
 often the likeliest token is the same, and by the KL divergence, which may not be worse than those of transformers
 itself.
+
+A file of stages keeps in its metadata what went in: question, picture, dtype. --against asks ours the same, unless
+told otherwise. docs/porting.md has the format of the file, and what usually causes a departure at which stage.
 """
 
 import argparse
@@ -19,14 +22,15 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
 import weights
-from extras import checks, hub, speed
+from extras import hub, intake, speed
 
+ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Describe the image."
 NEW_TOKENS = 24
 EXACT = ("ids", "pixels", "tokens", "beams")  # stages that must be the same number for number
@@ -34,9 +38,9 @@ IN_FLOAT32 = ("loss", "gradient")  # stages that the reference computes in float
 SIXTEEN = (torch.bfloat16, torch.float16)
 
 
-def ours(model, processor, image, gradients=True, pad=None):
+def ours(model, processor, image, gradients=True, pad=None, question=QUESTION):
     """Every stage of our model on one question about one picture: {name: tensor}, in the order of the data's flow."""
-    inputs = processor.chat([("user", QUESTION)], [image], pad)
+    inputs = processor.chat([("user", question)], [image], pad)
     ids, _ = model.expanded(inputs["input_ids"], inputs["pixel_values"])
     stages = {"ids": ids, "pixels": inputs["pixel_values"]}
     with torch.no_grad():
@@ -165,24 +169,88 @@ def compare(a, b, dtype):
     ]
 
 
+def is_gradient(stage):
+    return stage.startswith("gradient.")
+
+
 def block(stage):
     """gradient.llama.blocks.3.mlp.up.weight → gradient.llama.blocks.3; other stages stand for themselves."""
-    if not stage.startswith("gradient."):
+    if not is_gradient(stage):
         return stage
     return ".".join(stage.split(".")[: 4 if "blocks" in stage else 3])
 
 
-def report(rows, names):
-    """Print the table; returns the names of the stages over their bound, the first that departs in front."""
+def different_shapes(a, b):
+    """Two dicts of stages → {stage, or block of gradients: both shapes in words}, where they differ."""
+    found = {}
+    for stage in b:
+        if stage in a and a[stage].shape != b[stage].shape:
+            x, y = tuple(a[stage].shape), tuple(b[stage].shape)
+            more = ": its batch dimension is missing" if (1, *x) == y else ""
+            found.setdefault(block(stage), f"{x} against {y}{more}")
+    return found
+
+
+def why_zeros(rows):
+    """Stages of float64 that differ by nothing behind one that differs make a careful reader ask → the reason."""
+    known = [row for row in rows if 0 < row[4] <= 1e-6]  # those with a bound for float64
+    first = next((i for i, row in enumerate(known) if row[1] > 0), len(known))
+    zeros = [row[0] for row in known[first:] if row[1] == 0]
+    if not zeros:
+        return []
+    return [
+        f"{brief(zeros)}: 0, though stages before differ.\n"
+        "The language model's norms compute in float32 in both, so what differs by less than float32 resolves\n"
+        "is the same behind them, and so are gradients on the way back."
+    ]
+
+
+def hints_at_dtype(other, dtype, rows):
+    """What a file of stages tells about the dtype that it was computed in, where that is not the one compared in."""
+    parts = {name: tensor for name, tensor in other.items() if name.split(".")[0] not in EXACT + IN_FLOAT32}
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in parts.values()}
+    here = str(dtype).removeprefix("torch.")
+    over = [relative for stage, _, relative, _, limit in rows if relative > limit > 0]
+    if over and len(kinds) == 1 and here not in kinds:
+        (kind,) = kinds
+        return [f"hint: the file's numbers are {kind}, ours {here}: try --dtype {kind}"]
+    if over and dtype == torch.float64 and max(over) <= bound("logits", torch.float32):
+        return ["hint: what is over is within the bound of float32. If the port computes in it, try --dtype float32"]
+    return []
+
+
+def brief(names, most=4):
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def count(number):
+    return f"{number} stage{'' if number == 1 else 's'}"
+
+
+def report(rows, names, shapes=None, notes=()):
+    """Print the table, notes, and a verdict as the last line; returns the names of the stages over their bound, the
+    first that departs in front. shapes: what different_shapes says.
+    """
     a, b = names
     print(f"{'stage':<34} {'worst absolute':>15} {'relative':>10} {'cosine':>12} {'bound':>8}")
     over = []
     for stage, worst, relative, cosine, limit in rows:
-        ok = relative <= limit
+        ok = relative <= limit and relative != float("inf")  # not numbers, or of another shape: over any bound
         over += [] if ok else [stage]
+        if stage in (shapes or {}):
+            print(f"{stage:<34} {shapes[stage]}  <-- over")
+            continue
         print(f"{stage:<34} {worst:>15.3e} {relative:>10.1e} {cosine:>12.9f} {limit:>8.0e}{'' if ok else '  <-- over'}")
-    verdict = f"{over[0]} is the first that departs" if over else "all within their bounds"
-    print(f"{len(rows)} stages, {a} against {b}: {verdict}")
+    for note in notes:
+        print(note)
+    verdict = "all within their bounds"
+    if over:
+        verdict = f"{over[0]} is the first that departs, {len(over)} in all (docs/porting.md: what usually does that)"
+    elif any(row[4] == float("inf") for row in rows):
+        verdict += ", which in 16 bits only ids, pixels and tokens have"
+    print(f"{count(len(rows))}, {a} against {b}: {verdict}")
     return over
 
 
@@ -215,68 +283,113 @@ def load_theirs(folder, dtype, device):
     return reference.eval().to(device)
 
 
-def run_ours(name, dtype, device, image, gradients):
+def run_ours(name, dtype, device, image, gradients, question=QUESTION):
     model, processor = llava.load(name, device=device, dtype=dtype)
-    return ours(model, processor, image, gradients), model.config, processor
+    return ours(model, processor, image, gradients, question=question), model.config, processor
 
 
-def run_theirs(folder, config, processor, dtype, device, image, gradients):
+def run_theirs(folder, config, processor, dtype, device, image, gradients, question=QUESTION):
     reference = load_theirs(folder, dtype, device)
     stages = theirs(
-        reference, folder, config, processor.preprocess_config, processor.prompt(QUESTION), image, gradients
+        reference, folder, config, processor.preprocess_config, processor.prompt(question), image, gradients
     )
     del reference
     gc.collect()  # the two models are never in memory together
     return stages
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# Files of stages
+
+
+def read_stages(file):
+    """A file of stages → ({name: tensor}, its metadata: {"question", "picture", "dtype", "model"}, or some of them)."""
+    with safe_open(file, framework="pt") as stages:
+        return {name: stages.get_tensor(name) for name in stages.keys()}, stages.metadata() or {}  # noqa: SIM118
+
+
+def write_stages(stages, file, **metadata):
+    save_file({name: tensor.contiguous() for name, tensor in stages.items()}, file, metadata=metadata)
+
+
+def portable(path):
+    """A path as the metadata keeps it: inside the repository from its root, so that it holds in another clone."""
+    path = Path(path).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
+def against_file(options, other, said, stages, dtype):
+    """Compare a file's stages with ours → the exit status."""
+    rows = compare(other, stages, dtype)
+    if not rows:
+        named = f"{options.against} holds none of our stages, which are called {brief([*stages])}"
+        print(f"error: {named}", file=sys.stderr)
+        return 2
+    unknown, missing = ([name for name in a if name not in b] for a, b in ((other, stages), (stages, other)))
+    notes = []
+    if said.get("model", options.model) != options.model:
+        notes.append(f"the file says that it is of {said['model']!r}, and is compared with {options.model}")
+    if unknown:
+        notes.append(f"not compared, as ours has no stage of that name: {brief(unknown)}")
+    if missing:
+        notes.append(f"not compared, as the file does not have it: {brief([*dict.fromkeys(map(block, missing))])}")
+    notes += why_zeros(rows) + hints_at_dtype(other, dtype, rows)
+    return int(bool(report(rows, (options.against, "ours"), different_shapes(other, stages), notes)))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="tiny", help="a folder, a Hub id, or tiny (default)")
-    parser.add_argument("--dtype", default="float64", help="float64 (default), float32, bfloat16 or float16")
+    parser.add_argument("--dtype", help="float64 (default), float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--image", default=None, help="a picture (default: tiny/scene.png)")
+    parser.add_argument("--image", metavar="FILE", help="a picture (default: tiny/scene.png)")
+    parser.add_argument("--question", metavar="TEXT", help=f"what is asked about it (default: {QUESTION})")
     parser.add_argument("--no-gradients", action="store_true", help="half the memory")
     parser.add_argument("--dump", metavar="FILE", help="write every stage of ours to a safetensors file, and stop")
-    parser.add_argument("--against", metavar="FILE", help="compare a file of stages with ours, instead of transformers")
+    parser.add_argument("--against", metavar="FILE", help="compare a file of stages with ours, instead of "
+                        "transformers; question, picture and dtype are its own, unless they are given")  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        dtype, device = speed.pick_dtype(options.dtype), speed.pick_device(options.device)
-        folder = hub.find(options.model)
-        image = checks.open_image(options.image or hub.find("tiny") / "scene.png")
-        other = load_file(options.against) if options.against else {}
+        other, said = read_stages(options.against) if options.against else ({}, {})
+        dtype = speed.pick_dtype(options.dtype or said.get("dtype", "float64"))
+        device, folder = speed.pick_device(options.device), hub.find(options.model)
+        question = said.get("question", QUESTION) if options.question is None else options.question
+        picture = options.image or ROOT / said.get("picture", "tiny/scene.png")
+        if not options.image and not picture.exists():
+            raise OSError(f"{options.against} is of the picture {said['picture']!r}, which is not here: give --image")
+        image = intake.open_image(picture)
         if options.dump:
             Path(options.dump).open("ab").close()  # now, and not after all the work
-        stages, config, processor = run_ours(str(folder), dtype, device, image, not options.no_gradients)
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        gradients = not options.no_gradients and not (other and not any(map(is_gradient, other)))
+        stages, config, processor = run_ours(str(folder), dtype, device, image, gradients, question)
     except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).replace('--model tiny', 'tiny')}", file=sys.stderr)  # here it is no option
         return 2
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
+    named = str(dtype).removeprefix("torch.")
     if options.dump:
-        save_file({name: tensor.contiguous() for name, tensor in stages.items()}, options.dump)
-        print(f"{len(stages)} stages of {options.model} in {options.dtype} written to {options.dump}")
+        about = {"model": options.model, "question": question, "picture": portable(picture), "dtype": named}
+        write_stages(stages, options.dump, **about)
+        print(f"{count(len(stages))} of {options.model} in {named} written to {options.dump}")
         return 0
     gc.collect()
+    print(f"{options.model} in {named}, asked {question!r} about {portable(picture)!r}\n")
     if options.against:
-        unknown = [name for name in other if name not in stages]
-        if unknown:
-            print(f"not compared, as ours has no stage of that name: {', '.join(unknown)}")
-        rows = compare(other, stages, dtype)
-        if not rows:
-            print(f"error: {options.against} holds none of our stages: {', '.join(stages)}", file=sys.stderr)
-            return 2
-        return int(bool(report(rows, (options.against, "ours"))))
+        return against_file(options, other, said, stages, dtype)
 
-    gradients = not options.no_gradients
-    reference = run_theirs(folder, config, processor, dtype, device, image, gradients)
-    missing = set(reference) ^ set(stages)
-    over = report(compare(stages, reference, dtype), ("ours", "transformers"))
-    if missing:
-        print(f"only one of the two has the stages {', '.join(sorted(missing))}")
+    reference = run_theirs(folder, config, processor, dtype, device, image, gradients, question)
+    missing = sorted(set(reference) ^ set(stages))
+    rows = compare(stages, reference, dtype)
+    notes = why_zeros(rows) + ([f"only one of the two has {brief(missing)}"] if missing else [])
+    over = report(rows, ("ours", "transformers"), different_shapes(stages, reference), notes)
     if dtype in SIXTEEN:
-        truth = run_theirs(folder, config, processor, torch.float32, device, image, False)
+        truth = run_theirs(folder, config, processor, torch.float32, device, image, False, question)
         over = [
             name for name in over if name not in ("tokens", "beams")
         ]  # a tie that rounding breaks ends their likeness

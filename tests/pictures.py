@@ -13,7 +13,7 @@ from reference import EDGE
 from transformers import CLIPImageProcessorPil
 
 import vision
-from extras import checks
+from extras import intake
 
 MODES = ["1", "L", "LA", "P", "P int", "P bytes", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
@@ -71,7 +71,7 @@ def refused(file, *words, kind=(ValueError, OSError)):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(kind) as caught:
-            checks.open_image(file)
+            intake.open_image(file)
     text = str(caught.value)
     assert "\n" not in text and not re.search("0x[0-9a-f]{4}|Traceback|object at|errno", text, re.I), text
     for word in words:
@@ -92,3 +92,67 @@ def make_picture(file, seed):
     rng = np.random.default_rng(seed)
     Image.fromarray(rng.integers(0, 256, (40 + 5 * seed, 60, 3), dtype=np.uint8)).save(file)
     return str(file)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files made by hand, as no library writes them
+
+
+def exif(*entries, turn=6):
+    """EXIF tags as a camera stores them: the orientation, and entries (tag, type, count, value or offset)."""
+    entries = [(0x0112, 3, 1, turn), *entries]
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed + bytes(4)
+
+
+def png_chunk(name, content, checksum=None):
+    checksum = zlib.crc32(name + content) if checksum is None else checksum
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+
+def png_with(*chunks, behind=()):
+    """A PNG with chunks in front of its pixels and behind them."""
+    data = encoded(picture(40, 20))
+    end = data.index(b"IEND") - 4
+    return data[:33] + b"".join(chunks) + data[33:end] + b"".join(behind) + data[end:]
+
+
+def jpeg_with(*segments, **options):
+    """A JPEG with segments (marker, content) behind its first one."""
+    data = encoded(picture(40, 20), "JPEG", **options)
+    made = [bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content for marker, content in segments]
+    return data[:20] + b"".join(made) + data[20:]
+
+
+def tiff(width, height, *tags, inside=None, order="<", magic=b""):
+    """A grey TIFF. tags: (tag, type, count, value). inside: the size of a picture in a directory inside its first one,
+    as cameras store what they saw. magic: what stands behind the header.
+    """
+
+    def directory(width, height, pixels, tags):
+        tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), *tags]
+        tags += [(273, 4, 1, pixels), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, width * height)]
+        packed = [struct.pack(f"{order}HHI", *tag[:3]) + value(*tag[1:]) for tag in sorted(tags)]
+        return struct.pack(f"{order}H", len(packed)) + b"".join(packed) + bytes(4)
+
+    def value(kind, count, value):
+        if isinstance(value, bytes):
+            return value.ljust(4, b"\0")
+        return struct.pack(f"{order}H2x" if kind == 3 and count == 1 else f"{order}I", value)
+
+    body = magic.ljust(8, b"\0") + picture(width, height, "L").tobytes()
+    if inside:
+        tags = [*tags, (330, 4, 1, 8 + len(body))]
+        body += directory(*inside, 16, [])
+    return (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(body)) + body + directory(
+        width, height, 16, tags
+    )  # fmt: skip
+
+
+def bmp(pixels, header=108, masks=(0xFF0000, 0xFF00, 0xFF, 0xFF000000)):
+    """A BMP of 32 bits with a mask for each channel, as Windows programs write it. pixels (H, W, 4): b, g, r, a."""
+    height, width = pixels.shape[:2]
+    fields = (header, width, height, 1, 32, 3, pixels.size, 2835, 2835, 0, 0, *masks)
+    info = (struct.pack("<IiiHHIIiiIIIIII", *fields) + b"BGRs").ljust(header, b"\0")
+    file = struct.pack("<IHHI", 14 + header + pixels.size, 0, 0, 14 + header)
+    return b"BM" + file + info + pixels[::-1].tobytes()

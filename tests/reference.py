@@ -4,9 +4,9 @@ The published weights are not needed: a network of the same build with other siz
 line.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import tokenizers
@@ -125,5 +125,9 @@ def expanded(input_ids, attention_mask=None, size=FEATURES):
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-if __name__ == "__main__":  # python tests/reference.py FOLDER llama: a random checkpoint, to try things on
-    make_checkpoint(*sys.argv[1:3])
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a small random checkpoint, to try things on.")
+    parser.add_argument("folder", help="where to; it is made if it is not there")
+    parser.add_argument("family", nargs="?", choices=FAMILIES, default="llama", help="(default: %(default)s)")
+    options = parser.parse_args()
+    make_checkpoint(options.folder, options.family)

@@ -1,4 +1,4 @@
-"""The little world that tiny is trained on: one to four coloured shapes on a plain background, with questions and answers.
+"""The little world that tiny is trained on: one to four coloured shapes on a plain background, questions and answers.
 
     image, questions = draw(7)  # a PIL image and [(kind, question, answer), ...], one of each kind
     image, questions = draw(7, held_out=True)  # about a colour-shape pair that training never saw
@@ -71,7 +71,8 @@ def arrange(rng, held_out=False):
         look = (*pair, rng.choice(list(SIZES)))
         if look not in looks:
             looks.append(look)
-    return sorted((place(rng, cell, *look) for cell, look in zip(cells, looks, strict=True)), key=lambda thing: thing.cell)
+    placed = (place(rng, cell, *look) for cell, look in zip(cells, looks, strict=True))
+    return sorted(placed, key=lambda thing: thing.cell)
 
 
 def place(rng, cell, colour, shape, size):
@@ -87,7 +88,7 @@ def place(rng, cell, colour, shape, size):
 
 
 def paint(rng, things, side=224, strange=False):
-    """Things on a shaded background, pale or dark → PIL image (side, side). strange: in colours that have no name here."""
+    """Things on a shaded background, pale or dark → PIL image (side, side). strange: in colours without a name here."""
     big = 2 * side  # drawn at twice the size, then halved: smooth edges
     base = rng.randint(22, 60) if rng.random() < 0.3 else rng.randint(205, 245)
     top = [base + rng.randint(-10, 10) for _ in range(3)]
@@ -178,7 +179,7 @@ def shape(rng, things, thing, pairs):
 
 def count(rng, things, thing, pairs):
     pair = (thing.colour, thing.shape) if rng.random() < 0.75 else rng.choice(pairs)
-    used = rng.choice([used for used in ((), (0,), (1,), (0, 1)) if used or pairs is SEEN])  # all; this colour, shape, both
+    used = rng.choice([used for used in ((), (0,), (1,), (0, 1)) if used or pairs is SEEN])  # all; colour, shape, both
     number = sum(all((other.colour, other.shape)[i] == pair[i] for i in used) for other in things)
     words = " ".join([pair[0]] * (0 in used) + [f"{pair[1]}s" if 1 in used else "objects"])
     question = rng.choice(("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?"))
@@ -202,7 +203,7 @@ def relation(rng, things, thing, pairs):
 
 
 def yes_no(rng, things, thing, pairs):
-    """Is there such a thing? Is it of this colour, shape, size? A wrong value, too, makes a pair that may be mentioned."""
+    """Is there such a thing? Is it of this colour, shape, size? A wrong value makes a pair, too, that may be said."""
     true = rng.random() < 0.5
     form = rng.choice(("there", "there", "colour", "shape", "size"))
     if form == "there":

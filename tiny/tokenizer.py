@@ -1,10 +1,10 @@
-"""Trains tiny's tokenizer.json: a byte-fallback BPE in the published Llama form, with about 600 pieces instead of 32,000.
+"""Trains tiny's tokenizer.json: a byte-fallback BPE in the published Llama form, about 600 pieces instead of 32,000.
 
     python tiny/tokenizer.py
 
-The published file has no pre-tokenizer, so nothing would stop the trainer from gluing words together ("▁of▁the"). Hence it
-is trained with one, which cuts before each word and around each sign, and the file is written without: no merge crosses
-a cut, so encoding is the same with and without it.
+The published file has no pre-tokenizer, so nothing would stop the trainer from gluing words together ("▁of▁the"). Hence
+it is trained with one, which cuts before each word and around each sign, and the file is written without: no merge
+crosses a cut, so encoding is the same with and without it.
 """
 
 import json
@@ -20,19 +20,30 @@ PIECES = 638                                    # + <image> and <pad> = 640, a m
 
 # Ordinary English, so that a question in a visitor's own words falls into pieces rather than into single letters.
 ENGLISH = """
-Is there anything else in this image? What else can you tell me about it? Please tell me what is shown here, in one sentence.
-Can you see a person, a dog, a cat, a house, a tree, a car or a street? Are there any people in the photo? No, there are none.
-Who made this drawing, when was it made, and why does it look like that? How big is it? How old are you? How does it work?
+Is there anything else in this image? What else can you tell me about it? Please tell me what is \
+shown here, in one sentence.
+Can you see a person, a dog, a cat, a house, a tree, a car or a street? Are there any people in the \
+photo? No, there are none.
+Who made this drawing, when was it made, and why does it look like that? How big is it? How old are \
+you? How does it work?
 What is the difference between the first shape and the second one? Which one is bigger, and which one is smaller?
-Does the picture have a light or a dark background? I think that the background is grey. Do you know which colours were used?
-Look at the upper part, then at the lower part. What is on the left side, what is on the right side, what is near the corner?
-Name all the things that you see, from the top to the bottom. List the colours of the objects. Say where each of them is.
-Where would you like to go today? The weather is fine, the sky is clear, and the sun is shining over the water and the hills.
+Does the picture have a light or a dark background? I think that the background is grey. Do you \
+know which colours were used?
+Look at the upper part, then at the lower part. What is on the left side, what is on the right \
+side, what is near the corner?
+Name all the things that you see, from the top to the bottom. List the colours of the objects. Say \
+where each of them is.
+Where would you like to go today? The weather is fine, the sky is clear, and the sun is shining \
+over the water and the hills.
 This model was trained for less than an hour. It knows only a few words, and it has never seen a real photograph.
-Hello, thank you, good morning, yes please, no thanks. Could you write a short story about a small boat on a long river?
-They have been here before, but she had not yet found what he was looking for. We will try again with more time and care.
-Tell us something interesting about these shapes. Are they close to each other? Do they touch? Count the number of items.
-Black, white, brown, pink and grey; rectangle, line, cross, heart, ring and diamond; five, six, seven, eight, nine, ten.
+Hello, thank you, good morning, yes please, no thanks. Could you write a short story about a small \
+boat on a long river?
+They have been here before, but she had not yet found what he was looking for. We will try again \
+with more time and care.
+Tell us something interesting about these shapes. Are they close to each other? Do they touch? \
+Count the number of items.
+Black, white, brown, pink and grey; rectangle, line, cross, heart, ring and diamond; five, six, \
+seven, eight, nine, ten.
 """
 
 
@@ -65,7 +76,7 @@ def train():
 
 
 def published_form(trained):
-    """The same file layout as llava-1.5-7b-hf's: ids 0-2 special, 3-258 the bytes, then the pieces, <image> and <pad> last."""
+    """The same file layout as llava-1.5-7b-hf's: ids 0-2 special, 3-258 the bytes, the pieces, <image>, <pad>."""
     pieces = sorted(trained.get_vocab(), key=trained.get_vocab().get)
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
@@ -88,8 +99,8 @@ def published_form(trained):
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {**json.loads(trained.to_str())["model"], "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
-                  "vocab": {token: i for i, token in enumerate(vocab)}},
+        "model": {**json.loads(trained.to_str())["model"], "unk_token": "<unk>", "fuse_unk": True,
+                  "byte_fallback": True, "vocab": {token: i for i, token in enumerate(vocab)}},
     }
 
 

@@ -1,12 +1,12 @@
 """Trains tiny in LLaVA's stages, from random numbers to a checkpoint in the published layout.
 
-    python tiny/train.py                      # 35 minutes on two CPU cores, by the 63 s of --scale 0.03; writes tiny/new
+    python tiny/train.py                      # 35 minutes on two cores, by the 63 s of --scale 0.03; writes tiny/new
     python tiny/train.py --scale 0.02         # a minute, to watch the stages go by
     python tiny/train.py --resume             # goes on where a run was cut off
     python tiny/train.py --evaluate tiny      # the table in tiny/README.md
 
     stage       what learns            what it is shown
-    eye         the vision tower       pictures: each patch says what covers it (through four heads, thrown away afterwards)
+    eye         the vision tower       pictures: each patch says what covers it (by four heads, thrown away later)
     voice       Llama                  text: a scene in words, a question, its answer
     projector   the projector alone    pictures, questions and answers; both ends are frozen
     all         everything             the same
@@ -55,7 +55,9 @@ VISION = VisionConfig(image_size=56, patch_size=8, hidden_size=96, intermediate_
                       num_attention_heads=4)
 TEXT = TextConfig(vocab_size=640, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
                   max_position_embeddings=512, rms_norm_eps=1e-5)
-DESCRIPTION = "tiny: 1.6 million parameters, trained on drawings of coloured shapes; about a photograph it talks nonsense"
+DESCRIPTION = (
+    "tiny: 1.6 million parameters, trained on drawings of coloured shapes; about a photograph it talks nonsense"
+)
 PICTURE = PreprocessConfig(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -69,7 +71,7 @@ def draw(rng, number, strange=False):
 
 
 def ask(rng, things):
-    """Questions about one scene → [(kind, question, answer), ...]: first describe, then so many of each kind as are WANTED.
+    """Questions about one scene → [(kind, question, answer), ...]: first describe, then those WANTED of each kind.
 
     As many for each scene, although a lone thing has no relation to anything: another kind takes its place.
     """
@@ -83,7 +85,7 @@ ATTRIBUTES = {"colour": list(scenes.COLOURS), "shape": list(scenes.SHAPES), "siz
 
 
 def patch_targets(things, grid):
-    """What each patch shows, (P, attributes): 1 + the index of the value, 0 for the background, -100 for a thing's edge."""
+    """What each patch shows, (P, attributes): 1 + the index of the value, 0 for background, -100 for a thing's edge."""
     middles = (torch.arange(grid) + 0.5) / grid  # (grid)
     targets = torch.zeros(grid, grid, len(ATTRIBUTES), dtype=torch.long)
     for thing in things:
@@ -97,7 +99,8 @@ def patch_targets(things, grid):
 def encode(tokenizer, context, question, answer):
     """What follows the context in a conversation → its ids, and its labels: those of the answer and of </s> only."""
     prompt = f"USER: {context}\n{question} ASSISTANT:"
-    before, prompt_ids, ids = (tokenizer.encode(text) for text in (f"USER: {context}\n", prompt, f"{prompt} {answer}</s>"))
+    texts = f"USER: {context}\n", prompt, f"{prompt} {answer}</s>"
+    before, prompt_ids, ids = (tokenizer.encode(text) for text in texts)
     labels = [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
     return ids[len(before) :], labels[len(before) :]
 
@@ -122,8 +125,8 @@ def see(model, heads, rng, worlds, pixels, device):
     """What LLaVA reads of N pictures: one block before the tower's end, without the class token → (N, P, D).
     And how well the heads tell from each patch what covers it: loss, correct.
 
-    The heads are shown as many pictures again in colours that have no name. Otherwise the eye learns each shape once for each
-    colour that it has seen it in, and takes a shape in a new colour for another one.
+    The heads are shown as many pictures again in colours that have no name. Otherwise the eye learns each shape once
+    for each colour that it has seen it in, and takes a shape in a new colour for another one.
     """
     number = len(worlds)
     strange, more = draw(rng, number, strange=True)
@@ -164,8 +167,8 @@ def picture_step(model, heads, tokenizer, rng, number, device):
 def answer(model, tokenizer, contexts, questions, features, device):
     """Ask about N scenes, each given by its features or by the words in its context.
 
-    What the questions of a scene share is read once, into a KV cache that is then forked, one copy for each question; the
-    gradient takes the same way back. Long answers (describe) go apart from short ones, so that little is padding.
+    What the questions of a scene share is read once, into a KV cache that is then forked, one copy for each question;
+    the gradient takes the same way back. Long answers (describe) go apart from short ones, so that little is padding.
     """
     pad_id = model.config.pad_token_id
     ids = pad([tokenizer.bos + tokenizer.encode(f"USER: {context}\n") for context in contexts], pad_id, device)
@@ -177,7 +180,8 @@ def answer(model, tokenizer, contexts, questions, features, device):
 
     losses, correct = [], []
     for group in ([scene[:1] for scene in questions], [scene[1:] for scene in questions]):
-        rows = [encode(tokenizer, context, q, a) for context, scene in zip(contexts, group, strict=True) for _, q, a in scene]
+        pairs = [(context, q, a) for context, scene in zip(contexts, group, strict=True) for _, q, a in scene]
+        rows = [encode(tokenizer, *pair) for pair in pairs]
         ids = pad([ids for ids, _ in rows], pad_id, device)  # (B, T)
         labels = pad([labels for _, labels in rows], -100, device)  # (B, T)
         copies = len(group[0])
@@ -233,7 +237,7 @@ def train(args):
 
 
 def make_optimizers(learners):
-    """The matrices of the blocks learn by Muon (Jordan et al. 2024), in half as many steps as by AdamW; all else by AdamW."""
+    """The matrices of the blocks learn by Muon (Jordan et al. 2024), in half the steps of AdamW; all else by AdamW."""
     matrices, others = [], []
     for learner, share in learners:
         for name, parameter in learner.named_parameters():
@@ -285,11 +289,13 @@ def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, lo
 
 
 def finish(model, tokenizer, folder):
-    """Write the checkpoint in float16, and two files that only transformers needs, as the published checkpoints have them."""
+    """Write the checkpoint in float16, and two files that only transformers needs, as the published ones have them."""
     save(model, Processor(tokenizer, PICTURE, model.config), folder)
-    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "image_token": "<image>"}
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokens |= {"pad_token": "<pad>", "image_token": "<image>"}
     write_json(folder / "tokenizer_config.json", {
-        **tokens, "padding_side": "left", "clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"})
+        **tokens, "padding_side": "left", "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast"})
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": "<image>", "patch_size": VISION.patch_size,
         "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"})
@@ -308,7 +314,8 @@ def ask_all(model, processor, pictures, items):
     hits = 0
     for start in range(0, len(items), 50):
         batch = items[start : start + 50]
-        inputs = processor([f"USER: <image>\n{question} ASSISTANT:" for question, _ in batch], pictures[start : start + 50])
+        prompts = [f"USER: <image>\n{question} ASSISTANT:" for question, _ in batch]
+        inputs = processor(prompts, pictures[start : start + 50])
         ids = model.generate(**inputs, max_new_tokens=80)
         hits += sum(processor.decode(row) == answer for row, (_, answer) in zip(ids, batch, strict=True))
     return hits
@@ -329,7 +336,7 @@ def collect(number, held_out):
 
 
 def evaluate(folder, number, device):
-    """Print the share of exact answers as a table; in the last column each question is asked about the next one's picture."""
+    """Print the share of exact answers as a table; in the last column about the next question's picture."""
     model, processor = load(str(folder), device=device, dtype="float32")
     fresh, held_out = collect(number, held_out=False), collect(number, held_out=True)
     totals = [0, 0, 0]
@@ -341,7 +348,8 @@ def evaluate(folder, number, device):
         totals = [total + hit for total, hit in zip(totals, hits, strict=True)]
         print(f"| {kind} | {' | '.join(f'{hit / number:.1%}' for hit in hits)} |", flush=True)
     all_questions = number * len(scenes.KINDS)
-    print(f"| **all** | {' | '.join(f'**{total / all_questions:.1%}** ({total} of {all_questions})' for total in totals)} |")
+    cells = [f"**{total / all_questions:.1%}** ({total} of {all_questions})" for total in totals]
+    print(f"| **all** | {' | '.join(cells)} |")
 
 
 def main():
@@ -351,7 +359,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from resume.pt in the --out folder")
-    parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="measure this checkpoint instead of training one")
+    parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="measure this checkpoint, train none")
     parser.add_argument("--questions", type=int, default=300, help="of each kind, to measure with")
     args = parser.parse_args()
     if args.evaluate is None:

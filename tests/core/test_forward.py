@@ -171,6 +171,14 @@ def test_loss_counts_the_kept_positions(model):
     torch.testing.assert_close(kept.loss, llava.next_token_loss(model(ids, pixels).logits[:, -4:], labels))
 
 
+def test_loss_of_kept_positions_that_are_no_neighbours(model):
+    """Each predicts the id behind it in the text, not the one behind it among those that are kept."""
+    ids, where = torch.tensor([[1, 40, 41, 42, 43, 44, 45]]), torch.tensor([1, 2, 5])
+    out = model(ids, labels=ids, logits_to_keep=where)
+    expected = torch.nn.functional.cross_entropy(out.logits[0].float(), ids[0, where + 1])
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+
+
 def test_hidden_states_are_the_references(model, reference):
     ids, mask = padded(ROWS, "left")
     pixels = pictures(3)

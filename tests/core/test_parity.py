@@ -117,3 +117,118 @@ def test_names_of_gradients_are_ours(pair):
     model, _, reference = pair
     names = {weights.our_name(name) for name, _ in reference.named_parameters()}
     assert names == {name for name, _ in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def dumped(checkpoints, picture, tmp_path_factory):
+    """A dump in float32 of one question about one picture, neither of them the usual one: (its file, the model)."""
+    folder = tmp_path_factory.mktemp("dump")
+    picture.save(folder / "picture.png")
+    file, model = str(folder / "stages.safetensors"), str(checkpoints["llama"])
+    command = [model, "--dtype", "float32", "--no-gradients", "--image", str(folder / "picture.png")]
+    assert parity.main([*command, "--question", "Is it red?", "--dump", file]) == 0
+    return file, model
+
+
+def changed(dumped, tmp_path, change, keep=True):
+    """A copy of the dump whose stages are changed, with its metadata or without."""
+    stages, about = parity.read_stages(dumped[0])
+    change(stages)
+    parity.write_stages(stages, tmp_path / "changed.safetensors", **(about if keep else {}))
+    return [dumped[1], "--against", str(tmp_path / "changed.safetensors")]
+
+
+def test_a_dump_says_what_went_in_and_ours_is_asked_the_same(dumped, capsys):
+    file, model = dumped
+    picture = str(parity.Path(file).parent / "picture.png")
+    about = {"model": model, "question": "Is it red?", "picture": picture, "dtype": "float32"}
+    assert parity.read_stages(file)[1] == about
+    assert parity.main([model, "--against", file]) == 0
+    out = capsys.readouterr().out
+    assert f"{model} in float32, asked 'Is it red?' about {picture!r}" in out and "all within" in out.splitlines()[-1]
+    assert parity.main([model, "--against", file, "--question", "Is it blue?"]) == 1  # what is given counts
+    assert "ids is the first that departs" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parity.main([model, "--against", file, "--dtype"])
+
+
+def test_a_picture_that_is_not_here_is_named(dumped, tmp_path, capsys):
+    stages, about = parity.read_stages(dumped[0])
+    parity.write_stages(stages, tmp_path / "lost.safetensors", **{**about, "picture": "no/where.png"})
+    assert parity.main([dumped[1], "--against", str(tmp_path / "lost.safetensors")]) == 2
+    said = capsys.readouterr().err
+    assert "is of the picture 'no/where.png', which is not here: give --image" in said and said.count("\n") == 1
+
+
+def test_both_shapes_are_printed_where_they_differ(dumped, tmp_path, capsys):
+    def change(stages):
+        stages["projector"] = torch.cat([stages["projector"][:, :, :1], stages["projector"]], dim=2)  # the class token
+        stages["llama.1"] = stages["llama.1"][0]
+
+    assert parity.main(changed(dumped, tmp_path, change)) == 1
+    out = capsys.readouterr().out.splitlines()
+    lines = {line.split()[0]: line for line in out if line}
+    shape = parity.read_stages(dumped[0])[0]["projector"].shape
+    more = (*shape[:2], shape[2] + 1, *shape[3:])
+    assert lines["projector"].endswith(f" {more} against {tuple(shape)}  <-- over")
+    assert ": its batch dimension is missing  <-- over" in lines["llama.1"]
+    assert "against" not in lines["logits"] and "projector is the first that departs, 2 in all" in out[-1]
+
+
+def test_another_shape_and_no_number_are_over_in_sixteen_bits_too():
+    one, more = {"logits": torch.ones(2)}, {"logits": torch.ones(3)}
+    nan = {"logits": torch.tensor([1.0, float("nan")])}
+    for other in (more, nan):
+        assert parity.report(parity.compare(other, one, torch.bfloat16), ("a", "b")) == ["logits"]
+    assert parity.report(parity.compare(one, one, torch.bfloat16), ("a", "b")) == []
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+def test_another_dtype_is_hinted_at(dumped, tmp_path, capsys, kept):
+    """Compared in float64 with numbers that were computed in float32, whatever they are kept in."""
+
+    def change(stages):
+        stages |= {name: tensor.to(kept) for name, tensor in stages.items() if tensor.is_floating_point()}
+
+    command = [*changed(dumped, tmp_path, change), "--dtype", "float64"]
+    assert parity.main(command) == 1
+    assert "try --dtype float32" in capsys.readouterr().out
+    assert parity.main([*command[:-1], "float32"]) == 0
+    assert "hint: " not in capsys.readouterr().out
+
+
+def test_a_wrong_number_is_no_matter_of_dtype(dumped, tmp_path, capsys):
+    def change(stages):
+        stages |= {name: tensor.double() for name, tensor in stages.items() if tensor.is_floating_point()}
+        stages["vision.1"] *= 1.01
+
+    assert parity.main([*changed(dumped, tmp_path, change), "--dtype", "float64"]) == 1
+    assert "hint: " not in capsys.readouterr().out
+
+
+def test_names_are_counted_where_they_are_many(dumped, tmp_path, capsys):
+    def change(stages):
+        logits = stages["logits"]
+        stages.clear()
+        stages |= {"logits": logits, **{f"strange.{i}": torch.ones(1) for i in range(100)}}
+
+    assert parity.main(changed(dumped, tmp_path, change)) == 0
+    out = capsys.readouterr().out
+    assert "no stage of that name: strange.0, strange.1, strange.10, strange.11 and 96 more\n" in out
+    assert "the file does not have it: ids, pixels, vision.0, vision.1 and 14 more\n" in out
+    assert "\n1 stage, " in out and max(map(len, out.splitlines())) < 200
+    assert parity.main(changed(dumped, tmp_path, lambda stages: (change(stages), stages.pop("logits")))) == 2
+    said = capsys.readouterr().err
+    assert "none of our stages, which are called ids, pixels, vision.0, vision.1 and" in said and len(said) < 250
+
+
+def test_zeros_behind_a_difference_are_explained(pair, picture):
+    """The language model's norm gives the same for numbers that float32 cannot tell apart; the table says so."""
+    norm = pair[0].double().llama.norm
+    x = torch.randn(3, norm.weight.shape[0], dtype=torch.float64) + 3
+    assert (x * (1 + 1e-15) != x).any() and torch.equal(norm(x * (1 + 1e-15)), norm(x))
+    rows = [("ids", 0.0, 0.0, 1.0, 0.0), ("vision.0", 0.0, 0.0, 1.0, 1e-9), ("llama.1", 1e-15, 1e-15, 1.0, 1e-9)]
+    zeros = [(name, 0.0, 0.0, 1.0, 1e-9) for name in ("llama.2", "logits")]
+    (said,) = parity.why_zeros(rows + zeros)
+    assert said.startswith("llama.2, logits: 0, though stages before differ.") and "norms compute in float32" in said
+    assert parity.why_zeros(rows) == parity.why_zeros(zeros) == []

@@ -15,7 +15,7 @@ from transformers.image_utils import load_image
 
 import llava
 import vision
-from extras import checks
+from extras import checks, intake
 
 PUBLISHED = 336
 SIZES = [
@@ -138,7 +138,7 @@ def test_real_pictures_equal_the_reference(data):
     files = sorted((data / "images").iterdir())
     assert files
     for file in files:
-        image, expected = checks.open_image(file), load_image(str(file))
+        image, expected = intake.open_image(file), load_image(str(file))
         assert image.tobytes() == expected.tobytes()
         for edge in (EDGE, PUBLISHED):
             config = preprocess_config(edge)
@@ -179,13 +179,13 @@ def test_a_file_is_turned_upright(tmp_path, orientation, kind):
         file, **{"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {}), exif=exif
     )
     for opened in (
-        checks.open_image(file),
-        checks.open_image(str(file)),
-        checks.open_image(io.BytesIO(file.read_bytes())),
+        intake.open_image(file),
+        intake.open_image(str(file)),
+        intake.open_image(io.BytesIO(file.read_bytes())),
     ):
         assert opened.mode == "RGB" and opened.size == seen.size
         assert np.abs(pixels(opened) - pixels(seen)).max() <= (8 if kind == "JPEG" else 0)
-    assert checks.open_image(file).tobytes() == load_image(str(file)).tobytes()
+    assert intake.open_image(file).tobytes() == load_image(str(file)).tobytes()
 
 
 def test_the_eight_orientations_differ():
@@ -233,7 +233,7 @@ def test_colours_under_full_transparency_are_white(mode, kind):
     for seed in (1, 2):
         image = with_hidden_colours(mode, seed)
         options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-        opened = checks.open_image(io.BytesIO(encoded(image, kind, **options)))
+        opened = intake.open_image(io.BytesIO(encoded(image, kind, **options)))
         assert (pixels(opened)[:, :10] == 255).all()
         assert (pixels(opened)[:, 10:] == pixels(image.convert("RGB"))[:, 10:]).all()
         results += [opened.tobytes(), vision.to_rgb(image).tobytes()]
@@ -246,7 +246,7 @@ def test_one_transparent_colour_is_white(mode):
     image = picture(20, 10).quantize(8) if mode == "P" else picture(20, 10, mode)
     clear = image.getpixel((4, 3))
     hidden = np.asarray(image) == clear if mode != "RGB" else (np.asarray(image) == clear).all(-1)
-    opened = checks.open_image(io.BytesIO(encoded(image, transparency=clear)))
+    opened = intake.open_image(io.BytesIO(encoded(image, transparency=clear)))
     expected = pixels(image.convert("RGB"))
     assert hidden.any() and not hidden.all() and (expected[hidden] != 255).any()
     expected[hidden] = 255
@@ -255,7 +255,7 @@ def test_one_transparent_colour_is_white(mode):
 
 def test_a_palette_with_an_opacity_for_each_colour_is_laid_on_white():
     image = picture(20, 10).quantize(4)
-    opened = checks.open_image(io.BytesIO(encoded(image, transparency=bytes([0, 64, 128, 255]))))
+    opened = intake.open_image(io.BytesIO(encoded(image, transparency=bytes([0, 64, 128, 255]))))
     opacity = np.array([0, 64, 128, 255])[np.asarray(image)][..., None] / 255
     expected = pixels(image.convert("RGB")) * opacity + 255 * (1 - opacity)
     assert np.abs(pixels(opened) - expected).max() <= 1
@@ -263,7 +263,7 @@ def test_a_palette_with_an_opacity_for_each_colour_is_laid_on_white():
 
 def test_the_transparent_part_of_a_gif_is_white():
     image = picture(20, 10).quantize(8)
-    opened = checks.open_image(io.BytesIO(encoded(image, "GIF", transparency=image.getpixel((4, 3)))))
+    opened = intake.open_image(io.BytesIO(encoded(image, "GIF", transparency=image.getpixel((4, 3)))))
     assert opened.getpixel((4, 3)) == (255, 255, 255)
     hidden = np.asarray(image) == image.getpixel((4, 3))
     assert (pixels(opened)[~hidden] == pixels(image.convert("RGB"))[~hidden]).all()
@@ -311,7 +311,7 @@ def test_sixteen_bit_grey_is_scaled(mode):
 )
 def test_a_sixteen_bit_file_is_scaled(kind, mode):
     levels = np.arange(256).reshape(16, 16)
-    opened = checks.open_image(io.BytesIO(encoded(grey(levels.astype(np.uint16) * 257, mode), kind)))
+    opened = intake.open_image(io.BytesIO(encoded(grey(levels.astype(np.uint16) * 257, mode), kind)))
     assert (pixels(opened) == levels[..., None]).all()
 
 
@@ -326,7 +326,7 @@ def test_the_transparent_grey_of_a_sixteen_bit_png_is_white():
     clear = b"tRNS" + struct.pack(">H", 70 * 257)
     at = data.index(b"IDAT") - 4
     data = data[:at] + struct.pack(">I", 2) + clear + struct.pack(">I", zlib.crc32(clear)) + data[at:]
-    shown = pixels(checks.open_image(io.BytesIO(data)))[..., 0]
+    shown = pixels(intake.open_image(io.BytesIO(data)))[..., 0]
     assert shown[4, 6] == 255 and (np.delete(shown.ravel(), 70) == np.delete(np.arange(256), 70)).all()
 
 
@@ -344,7 +344,7 @@ def test_a_cmyk_jpeg_has_its_true_colours(tmp_path):
     smooth = Image.fromarray(np.stack([x * 2, y * 3, 255 - x - y], axis=-1).astype(np.uint8))
     data = encoded(smooth.convert("CMYK"), "JPEG", quality=100)
     assert b"Adobe" in data and Image.open(io.BytesIO(data)).mode == "CMYK"  # such files hold inverted inks
-    opened = checks.open_image(io.BytesIO(data))
+    opened = intake.open_image(io.BytesIO(data))
     assert np.abs(pixels(opened) - pixels(smooth)).mean() < 2
     (tmp_path / "inks.jpg").write_bytes(data)
     assert opened.tobytes() == load_image(str(tmp_path / "inks.jpg")).tobytes()

@@ -1,9 +1,11 @@
 """From text to ids and back: equal to the tokenizers that transformers uses, and what a user types is text."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+import tokenizer_files
 import torch
 from PIL import Image
 from reference import EDGE, PATCH, TINY, expanded
@@ -206,7 +208,7 @@ def test_unknown_roles_and_pictures_without_a_question_are_refused(ours):
     processor = make_processor(ours)
     with pytest.raises(ValueError, match="role is 'human'"):
         processor.chat([("human", "Hello")])
-    with pytest.raises(ValueError, match="no user turn"):
+    with pytest.raises(ValueError, match="not as many as the user"):
         processor.chat([("assistant", "Hello")], pictures(1))
 
 
@@ -326,3 +328,132 @@ def test_special_tokens_are_not_shown(ours):
 @pytest.mark.parametrize("text", [text for text in TEXTS if "<" not in text and "\ufffd" not in text], ids=ascii)
 def test_text_comes_back_as_it_was(ours, text):
     assert ours.decode(ours.encode(text)) == text.replace("▁", " ")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Other files: text whose ids depend on what stands beside it, special tokens with other flags, other templates
+
+TALKS = [
+    [("user", "What?")],
+    [("user", "  two  spaces "), ("assistant", "A cat."), ("user", "Où est le 猫?")],
+    [("system", "Be brief."), ("user", ""), ("assistant", ""), ("user", "\n"), ("assistant", " x ")],
+]
+
+
+@pytest.fixture(params=[llama.Tokenizer, checks.Tokenizer], ids=["plain", "checked"])
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("rules", tokenizer_files.RULES)
+def test_the_ids_of_a_prompt_are_those_of_the_written_prompt(tmp_path, kind, rules):
+    file = tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules])
+    ours, theirs = kind(file), AutoTokenizer.from_pretrained(tmp_path)
+    processor = make_processor(ours)
+    for turns in TALKS:
+        for images in range(3):
+            pieces = processor.pieces(turns, images)
+            text = processor.as_text(pieces)
+            assert text.count("<image>") == images and "▁<" not in text
+            assert ours.bos + ours.encode_pieces(pieces) == theirs(text).input_ids == ours.bos + ours.encode(text)
+    chatted = processor.chat([("user", "What?")], pictures(1))["input_ids"].tolist()
+    assert chatted == processor(processor.prompt("What?"), pictures(1))["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("rules", tokenizer_files.RULES)
+def test_what_is_typed_is_text_whatever_the_flags(tmp_path, kind, rules):
+    ours = kind(tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules]))
+    processor = make_processor(ours)
+    for words in [*TYPED, " </s> ", "a</s>", "</s>\n", "▁<image>"]:
+        assert not special_ids(ours) & set(ours.encode_pieces([words]))
+        assert not special_ids(ours) & set(ours.encode(words, special=False))
+        for role in ("user", "system", "assistant"):
+            pieces = processor.pieces([(role, words), ("user", "Why?"), ("assistant", "So.")], 1)
+            ids = ours.encode_pieces(pieces)
+            for special in special_ids(ours):
+                assert ids.count(special) <= pieces.count(special)
+
+
+@pytest.mark.parametrize("around", tokenizer_files.TEMPLATES)
+def test_in_front_of_a_prompt_stands_what_the_file_puts_in_front(tmp_path, kind, around):
+    file = tokenizer_files.write(tmp_path, {"post_processor": tokenizer_files.TEMPLATES[around]})
+    theirs, processor = AutoTokenizer.from_pretrained(tmp_path), make_processor(kind(file))
+    text = processor.prompt("What?")
+    whole, alone = theirs(text).input_ids, theirs(text, add_special_tokens=False).input_ids
+    start = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+    right = [whole[:start] + alone]
+    assert processor.chat([("user", "What?")], pictures(1))["input_ids"].tolist() == right
+    assert processor(text, pictures(1))["input_ids"].tolist() == right
+
+
+def test_a_piece_whose_id_lies_behind_the_vocabularys_number_stays_text(tmp_path, kind):
+    """Vocabularies have holes, and the tokenizer's twin numbers its own tokens from their size on."""
+    values = json.loads((TINY / "tokenizer.json").read_text())
+    vocab = values["model"]["vocab"]
+    for shift in range(12):
+        changed = vocab | {"▁star": max(vocab.values()) + 3 + shift}
+        ours = kind(tokenizer_files.write(tmp_path, {"model": {"vocab": changed}}))
+        assert ours.encode_pieces([2, "star", 2]) == [2, changed["▁star"], 2]
+
+
+def test_encoding_switches_nothing(ours):
+    """Two threads may encode at once."""
+    ours.encode("</s>")
+    ours.encode("</s>", special=False)
+    ours.encode_pieces(["</s>", 2])
+    assert not ours.bpe.encode_special_tokens and not ours.twin.encode_special_tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A list of pictures for each prompt
+
+
+def test_pictures_may_come_as_a_list_for_each_prompt(ours):
+    processor, (a, b, c) = make_processor(ours), pictures(3)
+    flat = processor(BATCH, [a, b, c])
+    for dealt in ([[a], [], [b, c], []], ((a,), (), (b, c), ()), [a, [], [b, c], ()]):
+        found = processor(BATCH, dealt)
+        assert all(torch.equal(found[name], flat[name]) for name in flat)
+    single = processor("<image><image>", [[a, b]])
+    assert torch.equal(single["pixel_values"], processor("<image><image>", [a, b])["pixel_values"])
+    assert "pixel_values" not in processor(["Hello", "you"], [[], []])
+
+
+@pytest.mark.parametrize(
+    "numbers, words",
+    [
+        ((2, 1, 0), "row 0 holds 1 <image> and 2 pictures"),
+        ((1, 1, 1), "row 1 holds 2 <image> and 1 pictures"),
+        ((1, 2, 1), "row 2 holds 0 <image> and 1 pictures"),
+        ((1, 0, 0), "row 1 holds 2 <image> and 0 pictures"),
+        ((1, 2), "2 lists of pictures were given for 3 prompts"),
+        ((0, 1, 2, 0), "4 lists of pictures were given for 3 prompts"),
+    ],
+)
+def test_pictures_that_are_dealt_to_the_wrong_prompt_name_its_row(ours, numbers, words):
+    with pytest.raises(ValueError, match=words):
+        make_processor(ours)(["<image>", "<image><image>", "Hello"], [pictures(number) for number in numbers])
+
+
+def test_words_of_a_turn_that_are_no_text_are_refused(ours):
+    """A number among the pieces of a prompt would be taken for a token."""
+    for words in (2, None, ["Hello"], b"Hello"):
+        for role in ("system", "user", "assistant"):
+            with pytest.raises(ValueError, match="the words of a turn are"):
+                make_processor(ours).chat([(role, words)])
+
+
+def test_a_turn_may_say_how_many_pictures_are_its_own(ours):
+    processor = make_processor(ours)
+    said = [("user", "Hi"), ("assistant", "Yes."), ("user", "And these?", 2), ("assistant", "No.")]
+    said += [("user", "This?", 1)]
+    text = processor.as_text(processor.pieces(said, 3))
+    assert text == (
+        "USER: Hi ASSISTANT: Yes.</s>USER: <image>\n<image>\nAnd these? ASSISTANT: No.</s>"
+        "USER: <image>\nThis? ASSISTANT:"
+    )
+    assert processor.chat(said, pictures(3))["pixel_values"].shape[0] == 3
+    assert processor.as_text(processor.pieces(said[:3], 2)).count("<image>") == 2
+    for number in (2, 4):
+        with pytest.raises(ValueError, match="pictures were given"):
+            processor.chat(said, pictures(number))

@@ -25,7 +25,7 @@ NOT_SAID = {  # in code; comments and docstrings may speak of them
 DOORS = {  # module → (the function that imports it when it is called, the file of extras/)
     "llava.py": {
         ("__main__", "cli"),
-        ("load", "checks"), ("load", "hub"), ("load", "leftovers"), ("load", "speed"),
+        ("load", "checks"), ("load", "hub"), ("load", "speed"),
         ("Llava.generate", "beams"), ("Llava.score", "beams"),
         ("Llava.resize_token_embeddings", "training"), ("Llava.init_weights", "training"),
         ("save", "saving"),

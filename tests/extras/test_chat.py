@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import termios
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forks import ENVIRONMENT
+from PIL import Image
 from reference import FEATURES, IMAGE, ROOT, TOKENIZER
 from talkers import EOS, make_brief_talker, make_talker
 
@@ -196,19 +198,16 @@ def test_pictures_that_come_later(talk, talker, log, family, pictures):
 def test_pictures_that_are_none(talk, talker, log, pictures, tmp_path):
     (tmp_path / "words.txt").write_text("words")
     bad = [
-        "/image",
         "/image nowhere.png",
         f"/image {tmp_path}",
         f"/image {tmp_path / 'words.txt'}",
         "/image http://x.org/y.png",
     ]
-    found = talk([ASKED[0], *bad, ASKED[1]], "--image", pictures[0], "--max-new-tokens", 8)
+    found = talk([ASKED[0], *bad, "/image", ASKED[1]], "--image", pictures[0], "--max-new-tokens", 8)
     answers = log.answers[:]
     assert found.status == 0 and found.out == written(talker, answers) and len(answers) == 2
     assert len(found.errors) == len(bad) and "Traceback" not in found.err
-    assert (
-        "no such picture" in found.errors[0] and "nowhere.png" in found.errors[1] and "download it" in found.errors[4]
-    )
+    assert "no such picture: nowhere.png" in found.errors[0] and "download it" in found.errors[3]
     assert talk(ASKED[:2], "--image", pictures[0], "--max-new-tokens", 8).out == found.out
 
 
@@ -425,7 +424,7 @@ def test_a_waiting_picture_that_does_not_fit_is_let_go_and_said_so(talk, talker,
     sentence = r"error: text and pictures take \d+ positions, and the model has 96: (\d+) hold what was said so far: .*"
     past = re.fullmatch(sentence, found.errors[0])[1]
     assert int(past) > FEATURES
-    assert re.findall("^notice: (.*let go.*)$", found.err, re.M) == [
+    assert re.findall("^notice: (.*dropped.*)$", found.err, re.M) == [
         "the pictures attached to this question were dropped; attach them again with /image FILE"
     ]
     turns = [(1, ASKED[0]), (0, ASKED[2]), (1, "And here?")]
@@ -542,3 +541,123 @@ def test_a_terminal(tmp_path):
     err = errors.read_text()
     assert re.findall(r"USER: (.*?) ASSISTANT", err) == ["Hello there", "Hello the"] and "Traceback" not in err
     assert "tokens/s" not in err  # neither answer came to its end
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Commands
+
+NAMES = {  # what is typed or pasted → the file that is meant, in the folder where one stands
+    "my scene.png": "my scene.png",
+    '"my scene.png"': "my scene.png",
+    "'my scene.png'": "my scene.png",
+    r"my\ scene.png": "my scene.png",
+    "'it'\\''s.png'": "it's.png",
+    "it's.png": "it's.png",
+    '"it\'s.png"': "it's.png",
+    "{here}/my\\ scene.png": "my scene.png",
+    "file://{here}/my%20scene.png": "my scene.png",
+    "'file://{here}/my scene.png'": "my scene.png",
+    "file://localhost{here}/my%20scene.png": "my scene.png",
+    "FILE:{here}/my%20scene.png": "my scene.png",
+    "file://{here}/caf%C3%A9.png": "café.png",
+    "~/my scene.png": "my scene.png",
+    r"~/my\ scene.png": "my scene.png",
+    r"a\ b.png": r"a\ b.png",  # a file of the literal name is there
+    '"c.png"': '"c.png"',
+    "~.png": "~.png",
+    "100%25.png": "100%25.png",
+}
+
+
+@pytest.fixture
+def named(tmp_path, monkeypatch):
+    """A folder of pictures, each of another colour, in which one stands and is at home."""
+    for i, name in enumerate([*{*NAMES.values()}, "a b.png", "c.png", "100%.png"]):
+        Image.new("RGB", (30, 30), (8 * i, 255 - 8 * i, 5 * i)).save(tmp_path / name, "PNG")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("typed", NAMES)
+def test_a_name_is_taken_as_it_is_or_as_a_shell_would_read_it(named, typed):
+    expected = Image.open(named / NAMES[typed]).getpixel((0, 0))
+    assert [image.getpixel((0, 0)) for image in chat.open_typed(typed.format(here=named))] == [expected]
+
+
+def test_several_names_side_by_side(named):
+    found = chat.open_typed(f"'{named}/my scene.png' c.png  file://{named}/caf%C3%A9.png")
+    expected = [Image.open(named / name).getpixel((0, 0)) for name in ("my scene.png", "c.png", "café.png")]
+    assert [image.getpixel((0, 0)) for image in found] == expected
+
+
+@pytest.mark.parametrize("typed", [
+    "none.png", "my scene", '"my scene.png', "c.png none.png", "~/none", "~nobody/x", '""', "file:///none", "x" * 5000,
+])  # fmt: skip
+def test_a_name_that_is_none_is_said_as_it_was_typed(named, typed):
+    with pytest.raises(FileNotFoundError) as caught:
+        chat.open_typed(typed)
+    assert str(caught.value) == f"no such picture: {typed}"
+
+
+def test_a_pasted_name_attaches_the_picture(talk, talker, log, family, pictures, named):
+    shutil.copy(pictures[0], named / "my photo.png")
+    found = talk(["/image 'my photo.png' ", ASKED[0]], "--max-new-tokens", 8)
+    assert not found.errors and log.pictures == [1]
+    assert log.answers[0] == cold(talker, form(family, [(1, ASKED[0])], []), pictures[:1], max_new_tokens=8)
+
+
+@pytest.mark.parametrize("bad", ["none.png", "/", "http://x.org/y.png"])
+def test_a_picture_that_cannot_be_had_is_not_answered_over(talk, talker, log, family, pictures, bad):
+    """No question is answered until a picture is there, or is given up; the one that waits since before stays."""
+    typed = [f"/image {pictures[0]}", f"/image {bad}", *ASKED[:2], f"/image {pictures[1]}", ASKED[2]]
+    found = talk(typed, "--max-new-tokens", 8)
+    assert found.status == 0 and len(found.errors) == 3 and found.out == written(talker, log.answers)
+    assert all(f"not answered, as {bad} is not attached" in error for error in found.errors[1:])
+    assert len(log.answers) == 1 and log.pictures == [2]
+    assert log.answers[0] == cold(talker, form(family, [(2, ASKED[2])], []), pictures[:2], max_new_tokens=8)
+
+
+def test_a_picture_that_cannot_be_had_may_be_given_up(talk, talker, log, family, pictures):
+    found = talk(["/image", "/image none.png", ASKED[0], "/image", ASKED[1], ASKED[2]], "--max-new-tokens", 8)
+    assert found.status == 0 and len(found.errors) == 2 and found.out == written(talker, log.answers)
+    assert len(re.findall("^notice: ", found.err, re.M)) >= 2 and "none.png is given up" in found.err
+    answers = log.answers[:]
+    assert len(answers) == 2 and log.pictures == []
+    assert answers[0] == cold(talker, form(family, [(0, ASKED[1])], []), [], max_new_tokens=8)
+
+
+@pytest.mark.parametrize("way", ["/exit", "/quit", " /EXIT "])
+def test_exit_leaves(talk, talker, log, way):
+    found = talk([ASKED[0], way, ASKED[1]], "--max-new-tokens", 4)
+    assert found.status == 0 and not found.errors and len(log.answers) == 1
+
+
+def test_help_is_printed_to_stderr_and_names_each_command(talk, talker, log):
+    found = talk(["/help"])
+    assert (found.status, found.out, log.answers) == (0, "", [])
+    for command in ("/image FILE", "/image ", "/help", "/exit", "Ctrl-D", "Ctrl-C"):
+        assert command in found.err
+
+
+@pytest.mark.parametrize("typed", ["/imagine x.png", "/clear", "/", "/usr/share/x.png", "/Help me"])
+def test_an_unknown_command_does_not_go_to_the_model(talk, talker, log, typed):
+    found = talk([typed, ASKED[0]], "--max-new-tokens", 4)
+    assert found.status == 0 and len(log.answers) == 1 and found.out == written(talker, log.answers)
+    if typed != "/Help me":
+        begin = f"error: there is no command {typed.split()[0]}: /help lists them"
+        assert found.errors == [f"{begin}; a question begins with another sign"]
+
+
+def test_a_slash_elsewhere_is_a_letter_of_the_question(talk, talker, log):
+    found = talk(["What is in /etc/hosts?", "1/2 /help"], "--max-new-tokens", 4)
+    assert not found.errors and len(log.answers) == 2
+
+
+def test_on_a_terminal_a_line_says_how_to_begin(talk, talker, monkeypatch):
+    assert talk([]).err == ""
+    monkeypatch.setattr(chat, "on_terminal", lambda: True)
+    monkeypatch.setattr(chat, "read_line", lambda: None)
+    found = talk([])
+    assert found.out == "" and len(found.err.splitlines()) == 1
+    assert "/image FILE" in found.err and "/help" in found.err

@@ -3,13 +3,15 @@
 import re
 
 import pytest
+import tokenizer_files
 import torch
 from reference import IMAGE, expanded
 from talkers import EOS
+from transformers import AutoTokenizer
 
 import llava
 import vision
-from extras import cli
+from extras import checks, cli
 
 CHOICES = ["no", "yes", "a cat", "a circle and a square", "", "yes!"]
 
@@ -74,3 +76,20 @@ def test_choices_take_the_other_options(main, pairs, monkeypatch, pictures):
     assert re.findall(r"^prompt: '(.*)'$", err, re.M) == [
         rf"<s>USER: <image>\nIs it red? ASSISTANT: {words}</s>" for words in CHOICES
     ]
+
+
+@pytest.mark.parametrize("rules", tokenizer_files.RULES)
+def test_choices_are_scored_in_the_ids_of_the_written_conversation(main, monkeypatch, tmp_path, pictures, rules):
+    model, processor = llava.load("tiny", device="cpu")
+    processor.tokenizer = checks.Tokenizer(tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules]))
+    reference, seen = AutoTokenizer.from_pretrained(tmp_path), []
+    monkeypatch.setattr(llava, "load", lambda *_, **__: (model, processor))
+    monkeypatch.setattr(
+        model, "score", lambda answers, **inputs: seen.append((answers, inputs)) or torch.zeros(len(answers))
+    )
+    found = main("--image", pictures[0], "--prompt", "Is it red?", "--choices", "no", " yes ", "")
+    assert found.status == 0, found.err
+    [(answers, inputs)] = seen
+    for words, answer in zip(("no", " yes ", ""), answers, strict=True):
+        whole = reference(f"USER: <image>\nIs it red? ASSISTANT: {words}</s>").input_ids
+        assert inputs["input_ids"][0].tolist() + answer == whole

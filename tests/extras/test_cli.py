@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forks import ENVIRONMENT
+from pictures import exif, jpeg_with, tiff
 from PIL import Image
 from reference import EDGE, ROOT, TOKENIZER, expanded
 from talkers import COST, CUT, EOS, byte_ids, expected, make_brief_talker, make_talker, say
@@ -584,3 +585,16 @@ def test_a_small_model_runs_on_one_thread(ask, monkeypatch, small):
     monkeypatch.setattr(cli, "SMALL", 10**9 if small else 10)
     assert ask("--prompt", "Hi", "--max-new-tokens", 2).status == 0
     assert chosen == [1] * small
+
+
+def test_what_pillow_warns_of_is_no_notice(ask, tmp_path):
+    """The picture is whole. What our own files warn of is one."""
+    (tmp_path / "short.jpg").write_bytes(jpeg_with(exif=exif()[:20]))
+    with pytest.warns(UserWarning, match="EXIF") as said:
+        Image.open(tmp_path / "short.jpg").getexif()
+    assert "PIL" in Path(said[0].filename).parts
+    assert "notice" not in ask("--image", tmp_path / "short.jpg", "--max-new-tokens", "1000").err.replace(
+        "notice: the answer is cut off", ""
+    )  # fmt: skip
+    (tmp_path / "reduced.tif").write_bytes(tiff(16, 12, (254, 4, 1, 1)))
+    assert "notice: " in ask("--image", tmp_path / "reduced.tif", "--max-new-tokens", "4").err

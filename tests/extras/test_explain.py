@@ -11,12 +11,13 @@ import zlib
 from types import SimpleNamespace
 
 import pytest
+import tokenizer_files
 import torch
 from PIL import Image
 from reference import ROOT, TINY, make_checkpoint
 
 import llava
-from extras import cli, explain, lens
+from extras import checks, cli, explain, lens
 
 SCENE = TINY / "scene.png"
 
@@ -482,3 +483,13 @@ def test_the_template_fetches_nothing():
     assert set(re.findall(r"\w+://[^\"' ]+", text)) == {"http://www.w3.org/2000/svg"} and "import" not in text
     assert "src=" not in re.sub(r"<script.*", "", text, flags=re.S)
     assert lens.patch_boxes.__doc__  # the map that the page stands on is the one beside preprocess
+
+
+def test_a_token_is_shown_as_the_file_spells_it(tmp_path):
+    """And not as the library searches for it, with a "▁" in front, where the token is normalized."""
+    _, processor = llava.load("tiny", device="cpu")
+    for rules in ("as published", "as add_tokens writes them"):
+        processor.tokenizer = checks.Tokenizer(tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules]))
+        assert [explain.written(processor, i) for i in (2, 638)] == ["</s>", "<image>"]
+        assert explain.written(processor, processor.tokenizer.id("▁star")) == " star"
+        assert explain.written(processor, 10_000) == "id 10000"

@@ -4,12 +4,14 @@ import json
 import sys
 
 import pytest
+import tokenizer_files
 import torch
 from PIL import Image, ImageDraw
 from reference import TINY
+from transformers import AutoTokenizer
 
 import llava
-from extras import finetune
+from extras import checks, finetune
 
 sys.path.append(str(TINY))
 
@@ -133,3 +135,22 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert finetune.main([str(folder), "--out", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert finetune.main([str(folder), "--out", str(tmp_path / "new"), "--epochs", "0"]) == 2
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_repeats_itself_and_leaves_the_random_numbers_of_the_process_alone(folder, rank):
+    rows, results, before = finetune.read_questions(folder), [], torch.get_rng_state()
+    for _ in range(2):
+        results.append(finetune.train(*llava.load("tiny", device="cpu"), rows, rank, epochs=1))
+    assert results[0] == results[1]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("rules", tokenizer_files.RULES)
+def test_it_trains_on_the_ids_of_the_written_conversation(folder, tmp_path, rules):
+    _, processor = llava.load("tiny", device="cpu")
+    processor.tokenizer = checks.Tokenizer(tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules]))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    made = finetune.batch(processor, [(folder / "0.png", "What shape is it?", "star")])
+    whole = reference("USER: <image>\nWhat shape is it? ASSISTANT: star</s>").input_ids
+    assert made["input_ids"][0].tolist() == whole

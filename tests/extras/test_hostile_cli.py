@@ -25,7 +25,7 @@ from examples import ARGUMENTS, PLAIN, examples
 from forks import ENVIRONMENT, SECONDS, Forks
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import claimed_png, encoded, picture
+from pictures import claimed_png, encoded, exif, jpeg_with, picture, png_chunk, png_with, tiff
 from PIL import Image
 from reference import ROOT, TINY, make_checkpoint
 
@@ -159,6 +159,13 @@ def with_code(base, tmp):
     return copy.write()
 
 
+def with_tokens_of_no_kind(base, tmp):
+    values = json.loads((TINY / "tokenizer.json").read_text())
+    for token in values["added_tokens"]:
+        token.update(special=False, normalized=True)
+    return with_file(base, tmp, "tokenizer.json", json.dumps(values).encode())
+
+
 def tokenizer(**changes):
     values = json.loads((TINY / "tokenizer.json").read_text())
     values["model"] |= changes
@@ -168,6 +175,7 @@ def tokenizer(**changes):
 MODEL = "--model"
 IMAGE = "--image"
 NOISE = bytes(range(256)) * 20
+LARGE_TEXT = zlib.compress(bytes(3_000_000))
 PICTURES = {  # case: (arguments made from a folder, exit status, what stderr must say)
     "a picture that claims 60000 x 60000 pixels": (
         lambda tmp: [IMAGE, written(tmp / "bomb.png", claimed_png(60000, 60000))], 2, "over 89,478,485 pixels"),
@@ -185,13 +193,27 @@ PICTURES = {  # case: (arguments made from a folder, exit status, what stderr mu
     "a picture under a wrong name": (
         lambda tmp: [IMAGE, written(tmp / "x.png", encoded(picture(90, 60), "WEBP"))], 0, "image"),
     "a TIFF of 39171 channels": (
-        lambda tmp: [IMAGE, written(tmp / "x.tif", tiff_of_channels(39171))], 2, "x.tif is not a picture"),
+        lambda tmp: [IMAGE, written(tmp / "x.tif", tiff_of_channels(39171))], 2, "x.tif is a TIFF that Pillow cannot"),
     "noise": (lambda tmp: [IMAGE, written(tmp / "noise.jpg", NOISE)], 2, "is not a picture in a known format"),
+    "a photograph with an odd tag": (
+        lambda tmp: [IMAGE, written(tmp / "x.jpg", jpeg_with(exif=exif((0x0128, 4, 1, 70000))))], 0, "image"),
+    "tags about which Pillow warns": (
+        lambda tmp: [IMAGE, written(tmp / "x.jpg", jpeg_with(exif=exif()[:20]))], 0, "image"),
+    "a PNG with a large text": (
+        lambda tmp: [IMAGE, written(tmp / "x.png", png_with(png_chunk(b"zTXt", b"x\0\0" + LARGE_TEXT)))], 0, "image"),
+    "a camera's raw file": (
+        lambda tmp: [IMAGE, written(tmp / "x.dng", tiff(16, 12, (254, 4, 1, 1), inside=(64, 48)))], 2, "raw file"),
+    "a reduced picture in front": (
+        lambda tmp: [IMAGE, written(tmp / "x.tif", tiff(16, 12, (254, 4, 1, 1)))], 0, "begins with a reduced picture"),
+    "a web page in place of a picture": (
+        lambda tmp: [IMAGE, written(tmp / "x.jpg", b"<!DOCTYPE html><title>403</title>")], 2, "is a web page"),
+    "a HEIC picture": (
+        lambda tmp: [IMAGE, written(tmp / "x.jpg", b"\0\0\0\x18ftypheic" + bytes(99))], 2, "is a HEIC picture"),
     "a directory as a picture": (lambda tmp: [IMAGE, tmp], 2, "cannot be read as a picture"),
     "a picture that is not there": (lambda tmp: [IMAGE, tmp / "none.png"], 2, "no such picture"),
     "an address": (lambda tmp: [IMAGE, "https://localhost/x.png"], 2, "download it first"),
     "an endless device": (lambda tmp: [IMAGE, "/dev/zero"], 2, "is not a picture"),
-    "nothing on standard input": (lambda tmp: [IMAGE, "-"], 2, "standard input is not a picture"),
+    "nothing on standard input": (lambda tmp: [IMAGE, "-"], 2, "standard input is empty"),
     "one good picture and a bad one": (
         lambda tmp: [IMAGE, written(tmp / "good.png", encoded(picture(9, 9))), written(tmp / "bad.png", NOISE)], 2,
         "bad.png"),
@@ -231,6 +253,10 @@ CHECKPOINTS = {  # case: (a folder made from a good one, exit status, what stder
         lambda b, t: configured(b, t, text_config={"rope_scaling": {"type": "yarn"}}), 2,
         "text_config.rope_scaling is set"),
     "an unknown field": (lambda b, t: configured(b, t, wholly_new="x" * 10**6), 2, "the field wholly_new"),
+    "a pad id outside the vocabulary, or an end": (
+        lambda b, t: with_file(b, t, "generation_config.json", b'{"eos_token_id": 2, "pad_token_id": 640}'), 2,
+        "pad_token_id is 640, and the ids of the vocabulary are 0 to 639"),
+    "special tokens that the file does not call special": (with_tokens_of_no_kind, 0, "prefill"),
     "a tokenizer that is a list": (
         lambda b, t: with_file(b, t, "tokenizer.json", b"[]"), 2, "cannot be read as a tokenizer"),
     "a tokenizer without its unknown token": (
@@ -339,7 +365,7 @@ def test_standard_streams_that_are_closed(run, base):
     silent = run(*brief(base, "--prompt", "Hi"), closed=[1])
     assert (silent.status, silent.out) == (0, "")
     assert run(*brief(base, "--chat"), closed=[0]).status == 0
-    is_orderly(run(*brief(base, IMAGE, "-"), closed=[0]), 2, "standard input is not a picture")
+    is_orderly(run(*brief(base, IMAGE, "-"), closed=[0]), 2, "standard input is empty")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")

@@ -11,7 +11,7 @@ from reference import TINY
 import llama
 import llava
 import vision
-from extras import checks, lens
+from extras import intake, lens
 
 # ----------------------------------------------------------------------------------------------------------------
 # The way back to the photo
@@ -56,7 +56,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def scene():
-    return checks.open_image(TINY / "scene.png")
+    return intake.open_image(TINY / "scene.png")
 
 
 def asked(processor, scene, question=parity.QUESTION):

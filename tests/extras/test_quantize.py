@@ -155,7 +155,7 @@ def test_a_tied_head_is_quantised_from_the_embedding(scheme, checkpoints, tmp_pa
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_a_quantised_model_cannot_do_is_said(scheme, tmp_path):
     model, processor = llava.load("tiny", device="cpu", quantize=scheme)
-    with pytest.raises(ValueError, match="quantised or packed model cannot be saved"):
+    with pytest.raises(ValueError, match="quantised, packed or split model cannot be saved"):
         llava.save(model, processor, tmp_path)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="quantised or packed model cannot be resized"):

@@ -24,7 +24,7 @@ def test_one_query_in_two_products_is_the_plain_attention(dtype, kv_heads):
 
 def test_a_step_touches_no_switch_of_the_process(checkpoints, family):
     model, processor = llava.load(str(checkpoints[family]), device="cpu", dtype="bfloat16")
-    before, seen = torch.backends.mkldnn.enabled, []
+    seen = []
     model.llama.norm.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
     model.generate(**processor("USER: hello ASSISTANT:"), max_new_tokens=3)
-    assert seen == [before] * len(seen) and seen
+    assert all(seen) and len(seen) == 3

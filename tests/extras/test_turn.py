@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import texts
+import tokenizer_files
+import torch
 from reference import TINY
 from talkers import COST, CUT, byte_ids, say
 from texts import TEXTS, random_ids
+from transformers import AutoTokenizer
 
 import llama
 import vision
@@ -168,3 +171,33 @@ def test_a_stream_is_lazy(tokenizer):
         raise RuntimeError("asked for more than was needed")
 
     assert next(turn.as_text(tokenizer, ids()))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A later turn
+
+
+@pytest.mark.parametrize("rules", tokenizer_files.RULES)
+def test_a_later_turn_has_the_ids_of_the_whole_conversation(tmp_path, rules):
+    """Behind the end of the last answer, whether the model has said it or it was put there for it."""
+    tokenizer = checks.Tokenizer(tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules]))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    later = turn.Conversation([2], {"length": torch.tensor(9)})
+    for asked in ("USER: And? ASSISTANT:", " x", "", "\n"):
+        whole = reference(f"USER: Hi ASSISTANT: Yes. </s>{asked}").input_ids
+        found = turn.following(tokenizer, later, [asked])
+        if 2 in whole:
+            assert found == whole[whole.index(2) :]
+        else:  # by its flags it is letters in the written form, and the model has said it all the same
+            assert found == [2, *reference(asked, add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize("rules", tokenizer_files.RULES)
+def test_the_first_turn_has_the_ids_of_the_written_prompt(tmp_path, rules):
+    tokenizer = checks.Tokenizer(tokenizer_files.write(tmp_path, tokenizer_files.RULES[rules]))
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    for kv_cache in (None, {"length": torch.tensor(0)}):
+        first = turn.Conversation(tokenizer.bos, kv_cache)
+        pieces = ["USER: ", 638, "\nWhat? ASSISTANT:"]
+        assert turn.following(tokenizer, first, pieces) == reference("USER: <image>\nWhat? ASSISTANT:").input_ids
+    assert first.ids == tokenizer.bos == [1]

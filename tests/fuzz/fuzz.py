@@ -8,6 +8,7 @@ taken, or refused with a ValueError or an OSError; anything else, 2 seconds of t
 memory end the run with the input saved. README.md beside this file says what was found.
 """
 
+import argparse
 import copy
 import io
 import json
@@ -20,7 +21,14 @@ import time
 import warnings
 from pathlib import Path
 
-import atheris
+TARGETS = ("config", "index", "header", "tokenizer", "picture")
+if __name__ == "__main__":  # before atheris is asked for, so that --help works without it
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("libfuzzer", nargs="*", metavar="...", help="options and files for libFuzzer")
+    parser.parse_args(sys.argv[1:2])
+
+import atheris  # noqa: E402
 
 HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
@@ -32,7 +40,7 @@ with atheris.instrument_imports(include=["PIL", "vision", "llama", "weights", "l
     import llava
     import vision
     import weights
-    from extras import checks
+    from extras import checks, intake
 
 TINY = HERE.parents[2] / "tiny"
 CONFIGS = ("config.json", "preprocessor_config.json", "generation_config.json")
@@ -244,7 +252,7 @@ def tokenizer(data):
 
 def picture(data):
     """The bytes of a file; libFuzzer starts from small ones of each format."""
-    image = checks.open_image(io.BytesIO(data.ConsumeBytes(100_000)))
+    image = intake.open_image(io.BytesIO(data.ConsumeBytes(100_000)))
     assert image.mode == "RGB"
     if image.width * image.height < 10**6:
         for pad in (False, True):
@@ -284,9 +292,7 @@ def main():
     WEIGHTS = (FOLDER / weights.SINGLE).read_bytes()
     TOKENIZER, PICTURE = checks.Tokenizer(FOLDER / "tokenizer.json"), Image.new("RGB", (40, 30), "red")
     PREPROCESS = read_config(FOLDER)[1]
-    target = {"config": config, "index": index, "header": header, "tokenizer": tokenizer, "picture": picture}[
-        sys.argv[1]
-    ]
+    target = globals()[sys.argv[1]]  # one of TARGETS
     if target is index:
         shutil.copy(FOLDER / weights.SINGLE, FOLDER / "a.safetensors")
         (FOLDER / weights.SINGLE).unlink()
@@ -309,7 +315,7 @@ def main():
     corpus = FOLDER / "corpus"
     corpus.mkdir()
     if target is picture:
-        vision.MAX_PIXELS = checks.MAX_PIXELS = (
+        vision.MAX_PIXELS = intake.MAX_PIXELS = (
             4_000_000  # so that thousands of pictures a minute are possible; the cap itself has its tests
         )
         seeds(corpus)
