@@ -100,7 +100,8 @@ def test_a_script_is_seen(source, found):
 # ----------------------------------------------------------------------------------------------------------------
 # benchmarks/decode.png
 
-HEAD = "| side | tokens/s | of transformers bfloat16, within a round | GB/s | of the bandwidth |\n|---|---|---|---|---|\n"
+HEAD = "| side | tokens/s | of transformers bfloat16, within a round | GB/s | of the bandwidth |\n"
+HEAD += "|---|---|---|---|---|\n"
 README = ROOT / "benchmarks" / "README.md"
 
 
