@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
+DUMP = "tests/parity.py --dtype float32 --no-gradients --dump docs/tiny_stages.safetensors"  # as docs/porting.md has it
 SECONDS = 60  # of computing that a notebook may take; waiting for other programs does not count
 
 
@@ -104,7 +105,7 @@ def write(file, notebook):
 
 
 def figures():
-    """Make what docs/ shows anew: the page of --explain, its screenshot, the drawing, the playground."""
+    """Make what docs/ shows anew: the page of --explain, its screenshot, the drawing, the playground, tiny's stages."""
     page = ROOT / "docs" / "explain.html"
     options = ["--model", "tiny", "--image", "tiny/scene.png", "--device", "cpu", "--explain", str(page)]
     command = [sys.executable, "llava.py", *options]
@@ -112,6 +113,7 @@ def figures():
     screenshot(page, page.with_suffix(".png"))
     subprocess.run([sys.executable, "docs/architecture.py"], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "docs/playground.py", "--screenshot"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, *DUMP.split()], cwd=ROOT, check=True)
 
 
 def screenshot(page, file):
