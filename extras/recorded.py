@@ -13,7 +13,6 @@ import types
 import torch
 import torch.nn.functional as F
 
-
 WINDOW = 256
 
 
