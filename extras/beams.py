@@ -27,7 +27,8 @@ def search(model, input_ids, pixel_values, attention_mask, *, max_new_tokens, nu
     beams = init_beams(len(input_ids), num_beams, max_new_tokens, model.config.padding, model.device)
     logits, kv_cache = model.prefill(input_ids, pixel_values, attention_mask, kv_cache)
     logits = logits.repeat_interleave(num_beams, dim=0)  # (B * n, V)
-    kv_cache = fork_cache(kv_cache, num_beams, max_new_tokens - 1)
+    room = model.init_kv_cache(len(logits), llama.length(kv_cache) + max_new_tokens - 1)
+    kv_cache = moved(fork_cache(kv_cache, num_beams, 0), room)
     real = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     while True:
         ids, parents, more = beam_step(beams, logits, model.config.eos_token_ids)
@@ -148,3 +149,12 @@ def fork_cache(kv_cache, copies, new):
         return F.pad(tensor.narrow(dim, 0, end).repeat_interleave(copies, dim=0), room)
 
     return {name: fork(name, tensor) for name, tensor in kv_cache.items()}
+
+
+def moved(kv_cache, empty):
+    """What a cache holds, put into a longer one that is empty."""
+    end = llama.length(kv_cache)
+    for name, tensor in kv_cache.items():
+        place = () if name == "length" else (slice(None),) * (1 if name == "real" else 2) + (slice(end),)
+        empty[name][place] = tensor[place]
+    return empty

@@ -47,9 +47,18 @@ class PackedLinear(nn.Module):
 
     @staticmethod
     def works(dtype):
-        """Whether this machine has the product for a dtype."""
+        """Whether this machine, and this version of torch, have the product for a dtype."""
         there = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-        return dtype in there and torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, there[dtype])()
+        if dtype not in there or not torch.backends.mkldnn.is_available():
+            return False
+        try:
+            if not getattr(torch.ops.mkldnn, there[dtype])():
+                return False
+            layer = PackedLinear(64, 64, dtype)
+            layer.take_weight(torch.zeros(64, 64), "cpu")
+            return layer(torch.zeros(1, 64, dtype=dtype)).shape == (1, 64)
+        except (AttributeError, NotImplementedError):
+            return False
 
 
 # torch.compile cannot trace a product with a packed matrix, unless it is an operator of ours whose shape is told beside
@@ -126,8 +135,17 @@ class QuantizedLinear(nn.Module):
         q, scale = zip(*(self.rounded(self.padded(rows.float())) for rows in weight.split(self.CHUNK)), strict=True)
         self.q, self.scale = torch.cat(q).to(device), torch.cat(scale, self.ROWS_OF_SCALE).to(device)
         if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
-            self.pack()
+            self.try_kernel()
         return weight
+
+    def try_kernel(self):
+        """Lay the integers out for the kernel, if there is one: some versions of torch lack it, or parts of it."""
+        q, scale = self.q, self.scale
+        try:
+            self.pack()
+            self(torch.zeros(1, self.in_features, dtype=scale.dtype))
+        except (AttributeError, NotImplementedError):
+            self.q, self.scale, self.most = q, scale, 0
 
     def padded(self, weight):
         """Some rows of W in whole blocks: the last column is repeated, which leaves the range of each group as it is;

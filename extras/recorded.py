@@ -5,17 +5,19 @@ mask hides what is not filled yet. On a CPU torch.compile fuses what stands betw
 compiler); on a GPU a CUDA graph starts all kernels of a step at once, instead of one by one.
 """
 
+import math
 import os
 import shutil
+import types
 
 import torch
 import torch.nn.functional as F
 
+WINDOW = 256
+
 
 class RecordedStep:
     """Llama.run, but single steps go through a recording: llava.llama.run = RecordedStep(llava.llama, device)."""
-
-    WINDOW = 256
 
     def __init__(self, model, device):
         self.plain = model.run
@@ -28,21 +30,55 @@ class RecordedStep:
         if x.shape[1] > 1 or cached[0] is None or any(options):
             return self.plain(x, rope, mask, cached, *options)
         capacity, seen = cached[0][0].shape[2], mask.shape[-1]
-        window = min(capacity, -(-seen // self.WINDOW) * self.WINDOW)
+        window = min(capacity, whole_windows(seen))
         return self.recorded(x, rope, F.pad(mask, (0, window - seen)), cached)
 
 
+def whole_windows(positions):
+    return math.ceil(positions / WINDOW) * WINDOW
+
+
+def init_kv_cache(model, batch_size, max_length):
+    """llama.init_kv_cache in a form that one recording of a window fits, however long the cache is.
+
+    Keys and values have room for whole windows, and lie in memory position by position, (positions, B, K, E), so that
+    the beginning of a long cache looks like that of a short one. `real` still says how many positions there are.
+    """
+    cache = type(model).init_kv_cache(model, batch_size, max_length)
+    for name, tensor in cache.items():
+        if name not in ("real", "length"):
+            B, K, _, E = tensor.shape
+            cache[name] = tensor.new_zeros(whole_windows(max_length), B, K, E).permute(1, 2, 0, 3)
+    return cache
+
+
 class CompiledBlocks:
-    """Llama.run with its blocks compiled. They are all alike: what is compiled for the first one serves them all."""
+    """Llama.run with its blocks compiled. They are all alike: what is compiled for the first one serves them all.
+
+    torch compiles a function for a few shapes only, and from then on runs it plainly. So each shape, which is to say
+    each window and size of the batch, has a function of its own.
+    """
 
     def __init__(self, model):
-        self.blocks = [torch.compile(block, dynamic=False) for block in model.blocks]
-        self.norm = model.norm
+        self.blocks, self.norm, self.functions = model.blocks, model.norm, {}
 
     def __call__(self, x, rope, mask, cached):
-        for block, layer in zip(self.blocks, cached, strict=True):
-            x, _ = block(x, rope, mask, layer)
+        if mask.shape not in self.functions:
+            self.functions[mask.shape] = torch.compile(copy_of(run_block), dynamic=False)
+        window = mask.shape[-1]
+        for block, (keys, values, positions) in zip(self.blocks, cached, strict=True):
+            layer = keys[:, :, :window], values[:, :, :window], positions
+            x = self.functions[mask.shape](block, x, rope, mask, layer)
         return self.norm(x), None, None
+
+
+def run_block(block, x, rope, mask, layer):
+    return block(x, rope, mask, layer)[0]
+
+
+def copy_of(function):
+    """The same function for Python, and another one for torch.compile, which counts shapes by the code."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 class CudaGraph:

@@ -10,6 +10,7 @@ here gives the same numbers as the plain way, or says by how much it differs, an
 """
 
 import contextlib
+import functools
 import math
 import os
 
@@ -55,6 +56,8 @@ def prepare(model, found, device, dtype, quantize_to, compile):
             block.attention.attend = attend_one_query
     if compile:
         model.llama.run = recorded.RecordedStep(model.llama, device)
+        if device.type == "cpu":
+            model.init_kv_cache = functools.partial(recorded.init_kv_cache, model)
     return dtype
 
 

@@ -321,3 +321,51 @@ def test_a_vocabulary_that_has_grown_is_quantised(scheme, rows, tmp_path):
     logits = grown(**inputs).logits
     assert logits.shape[-1] == rows
     torch.testing.assert_close(logits[..., :640], before(**inputs).logits, rtol=1e-4, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Versions of torch that lack a kernel
+
+
+def lacking(error):
+    def lack(*_, **__):
+        raise error("not in this version")
+
+    return lack
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
+@pytest.mark.parametrize(
+    "scheme, vnni, where, name",
+    [
+        ("int8", False, torch, "_weight_int8pack_mm"),
+        ("int8", True, torch.ops.onednn, "qlinear_prepack"),
+        ("int8", True, torch.ops.onednn, "qlinear_pointwise"),
+        ("int8", True, torch.backends.mkldnn, "is_available"),
+        ("int4", False, torch.ops.aten, "_weight_int4pack_mm_for_cpu"),
+        ("int4", False, torch.backends.cpu, "get_cpu_capability"),
+    ],
+)
+def test_a_kernel_that_torch_lacks_is_done_without(monkeypatch, scheme, vnni, where, name, error):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(where, name, lacking(error))
+    weight, x = torch.randn(128, 192), torch.randn(3, 192).bfloat16()
+    layer = quantized(scheme, weight, torch.bfloat16)
+    assert layer.most == 0
+    exact = F.linear(x.double(), written_out(layer, torch.float64))
+    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item())
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
+@pytest.mark.parametrize("name", ["_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise"])
+def test_a_product_that_torch_lacks_is_done_without(monkeypatch, checkpoints, name, error):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    kept = {"_is_mkldnn_bf16_supported": lambda: True, "_reorder_linear_weight": lambda weight, rows: weight}
+    for other, function in kept.items():
+        monkeypatch.setattr(torch.ops.mkldnn, other, function)
+    monkeypatch.setattr(torch.ops.mkldnn, name, lacking(error))
+    assert not quantize.PackedLinear.works(torch.bfloat16)
+    with torch.inference_mode():
+        model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="bfloat16")
+        model.generate(**processor("USER: hello ASSISTANT:"), max_new_tokens=2)

@@ -12,7 +12,7 @@ from extras import recorded
 
 @pytest.mark.parametrize("window", [1, 4, 16, 1000])
 def test_a_step_through_a_window_is_the_plain_step(model, processor, monkeypatch, window):
-    monkeypatch.setattr(recorded.RecordedStep, "WINDOW", window)
+    monkeypatch.setattr(recorded, "WINDOW", window)
     inputs = processor(["USER: hello ASSISTANT:", "USER: how are you today? ASSISTANT:"])
     expected = model.generate(**inputs, max_new_tokens=20)
     windows, step = set(), recorded.RecordedStep(model.llama, model.device)
@@ -75,3 +75,88 @@ def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch):
         llava.load("tiny", device="cpu", compile=True)
     with pytest.raises(ValueError, match="not on mps"):
         recorded.check_compiler(torch.device("mps"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# How often it is compiled
+
+
+@pytest.fixture
+def compiled(checkpoints, family, monkeypatch):
+    """(a model whose step is recorded in windows of 16, the plain model, its processor, the number of recordings)."""
+    compile = torch.compile
+    # what is recorded and when is the same without a compiler, and takes no time
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    monkeypatch.setattr(recorded, "check_compiler", lambda device: None)
+    monkeypatch.setattr(recorded, "WINDOW", 16)
+    settings = dict(device="cpu", dtype="float32")
+    plain, processor = llava.load(str(checkpoints[family]), **settings)
+    fast, _ = llava.load(str(checkpoints[family]), **settings, compile=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield fast, plain, processor, lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def of_length(processor, length, rows=1):
+    ids = processor("USER: hello how are you")["input_ids"][0]
+    ids = ids.repeat(length // len(ids) + 1)[:length]
+    return {"input_ids": ids.repeat(rows, 1)}
+
+
+def test_a_window_is_recorded_once_whatever_the_lengths_of_prompts(compiled):
+    fast, plain, processor, recordings = compiled
+    met = set()
+    lengths = [(3, 4), (4, 4), (5, 11), (11, 5), (12, 5), (13, 6), (28, 5), (29, 30), (60, 40), (2, 3), (7, 90)]
+    for length, new in lengths:
+        inputs = of_length(processor, length)
+        answer = plain.generate(**inputs, max_new_tokens=new)
+        assert torch.equal(fast.generate(**inputs, max_new_tokens=new), answer)
+        met |= {math.ceil(seen / 16) for seen in range(length + 1, length + answer.shape[1])}
+        assert recordings() == len(met)
+    assert len(met) > 5
+
+
+def test_a_long_talk_is_recorded_to_its_end(compiled):
+    """torch stops compiling a function after eight shapes."""
+    fast, plain, processor, recordings = compiled
+    caches = fast.init_kv_cache(1, 250), plain.init_kv_cache(1, 250)
+    inputs = of_length(processor, 5)
+    for model, cache in zip((fast, plain), caches, strict=True):
+        model.prefill(**inputs, kv_cache=cache)
+    real = torch.tensor([True])
+    for word in range(3, 203):
+        ids = torch.tensor([word])
+        logits = [model.step(ids, cache, real) for model, cache in zip((fast, plain), caches, strict=True)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    assert recordings() == math.ceil(205 / 16) == 13
+
+
+def test_each_size_of_a_batch_is_recorded_to_the_last(compiled):
+    fast, plain, processor, recordings = compiled
+    for rows in range(1, 11):
+        inputs = of_length(processor, 6, rows)
+        assert torch.equal(fast.generate(**inputs, max_new_tokens=4), plain.generate(**inputs, max_new_tokens=4))
+    assert recordings() == 10
+
+
+def test_beams_are_recorded_once_for_each_window(compiled):
+    fast, plain, processor, recordings = compiled
+    for length in (3, 5, 6, 7):
+        inputs = of_length(processor, length)
+        options = dict(max_new_tokens=5, num_beams=2)
+        assert torch.equal(fast.generate(**inputs, **options), plain.generate(**inputs, **options))
+    assert recordings() == 1
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 32])
+def test_a_cache_of_whole_windows_holds_what_was_asked_for_and_no_more(compiled, length):
+    fast, plain, processor, _ = compiled
+    inputs = of_length(processor, length - 2)
+    cache = fast.init_kv_cache(1, length)
+    assert cache["real"].shape == (1, length)
+    with pytest.raises(ValueError, match=f"holds 0 of at most {length} positions and {length + 1} more do not fit"):
+        fast.prefill(**of_length(processor, length + 1), kv_cache=cache)
+    answer = fast.generate(**inputs, max_new_tokens=3, kv_cache=cache)
+    assert torch.equal(answer, plain.generate(**inputs, max_new_tokens=3))
