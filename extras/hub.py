@@ -39,8 +39,9 @@ def find(model, revision=None):
         )
     from huggingface_hub import snapshot_download
 
+    wanted = [*CONFIGS, INDEX, other_formats.ADAPTERS[0]]  # the last one only to say whose adapter it is
     with refusals(model, revision):
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[*CONFIGS, INDEX, other_formats.ADAPTERS[0]]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
 
 
 def complete(model, folder):
