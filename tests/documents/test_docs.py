@@ -95,7 +95,8 @@ COMMANDS = [example for example in [*EXAMPLES, *docstring_examples()] if example
 
 LONG = (  # not run by each test: what it is, and that it would start, is checked
     r"\.ci/run", r"pytest\b(?! tests/documents/test_docs).*", r"ruff .*", r"source .*", r"python benchmarks/.*",
-    r"pip install .*", r"python (notebooks/run|extras/finetune)\.py.*", r"python llava\.py .*--explain .*",
+    r"pip install .*",
+    r"python docs/playground\.py.*", r"python (notebooks/run|extras/finetune)\.py.*", r"python llava\.py .*--explain .*",
     r"python tests/(mutations|fuzz/fuzz)\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
 )  # fmt: skip
 
@@ -478,3 +479,22 @@ def test_nothing_is_missing():
     """tiny and its documents are part of the project; without them half of this file would have nothing to look at."""
     for name in (*PAGES, "LICENSE", "tiny/scene.png", "tiny/model.safetensors"):
         assert (ROOT / name).is_file(), f"{name} is missing"
+
+
+def test_the_lower_bounds_are_those_that_are_run():
+    """But for torch, whose lower bound is not installed."""
+    from packaging.requirements import Requirement
+
+    bounds = {}
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        package = Requirement(line)
+        (bounds[package.name],) = [(bound.operator, bound.version) for bound in package.specifier]
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements-lowest.txt").read_text().splitlines()]
+    lowest = {name: (">=", version) for name, version in (line.split("==") for line in lines if line)}
+    assert {name: lowest[name] for name in bounds if name != "torch"} == {
+        name: bound for name, bound in bounds.items() if name != "torch"
+    }
+    pinned = pins()
+    for name in ("torch", "transformers", "pytest", "hypothesis"):
+        assert lowest[name] == (">=", pinned[name])
+    assert "requirements-lowest.txt" in (ROOT / ".ci" / "run").read_text()
