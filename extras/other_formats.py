@@ -115,7 +115,10 @@ def check_quantization(values, where):
 def check_weights(file):
     """Raise ValueError if a safetensors file is a small text in its place, or holds quantised matrices."""
     check_file(file)
-    for name, _, _ in weights.header(file):
+    names = []
+    with contextlib.suppress(ValueError, OSError):  # weights.scan says what is wrong with a damaged file
+        names = [name for name, _, _ in weights.header(file)]
+    for name in names:
         for end, method in TENSORS:
             if re.search(end, name):
                 raise ValueError(f"{file}: the tensor {name} is of weights quantised by {method}: {INSTEAD}")

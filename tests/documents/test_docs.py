@@ -96,7 +96,8 @@ COMMANDS = [example for example in [*EXAMPLES, *docstring_examples()] if example
 LONG = (  # not run by each test: what it is, and that it would start, is checked
     r"\.ci/run", r"pytest\b(?! tests/documents/test_docs).*", r"ruff .*", r"source .*", r"python benchmarks/.*",
     r"pip install .*",
-    r"python docs/playground\.py.*", r"python (notebooks/run|extras/finetune)\.py.*", r"python llava\.py .*--explain .*",
+    r"python docs/playground\.py.*", r"python (notebooks/run|extras/finetune)\.py.*",
+    r"python llava\.py .*--explain .*",
     r"python tests/(mutations|fuzz/fuzz)\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
 )  # fmt: skip
 
