@@ -338,7 +338,8 @@ def test_memory_that_runs_out(run, base, tmp_path, lacking):
     else:
         arguments = ["--prompt", "Hi", "--num-beams", 256, "--max-new-tokens", 8000]
     found = run(*brief(folder), *arguments, room=300)
-    is_orderly(found, 2, r"error: there is too little memory \(.* by ulimit -v\): try --dtype bfloat16, .* or --model tiny", LARGE)
+    words = r"error: there is too little memory \(.* by ulimit -v\): try --dtype bfloat16, .* or --model tiny"
+    is_orderly(found, 2, words, LARGE)
 
 
 KEPT = """
