@@ -221,6 +221,7 @@ def compare_answers(tab, tiny, seeds):
     return wrong
 
 
+@pytest.mark.slow
 def test_the_page_says_what_python_says(tab, tiny):
     assert compare_answers(tab, tiny, range(14)) == []
 
@@ -342,6 +343,7 @@ def test_a_picture_of_any_size_is_scaled_to_the_byte(tab, tiny):
         assert np.array_equal(np.float32(found), wanted), (width, height)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_pythons(tab, tiny):
     processor = tiny[1]
     rng = random.Random(2)
@@ -432,6 +434,7 @@ def star(tab):
     return tab.page.locator('.thing[aria-label*="star"]')
 
 
+@pytest.mark.slow
 def test_dragging_a_shape_changes_the_answer_while_it_moves(fresh):
     page = fresh.page
     assert fresh.ask("Where is the star?") == "middle right"

@@ -144,6 +144,7 @@ def first_over(bug, right):
     return over[0].replace(f"llama.{last}", "llama.last") if over else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", STAGES)
 def test_a_bug_shows_first_where_the_table_says(bug, right):
     assert first_over(bug, right) == STAGES[bug]

@@ -75,6 +75,7 @@ def asked(tmp_path_factory):
     return status, {name: (heard / name.replace("/", "+")).read_text() for name in status}, before, contents(root)
 
 
+@pytest.mark.slow
 def test_every_script_has_a_help(asked):
     status, said, _, _ = asked
     assert len(status) == len(scripts()) > 15 and {"tests/parity.py", "benchmarks/parts.py"} <= set(status)
@@ -82,6 +83,7 @@ def test_every_script_has_a_help(asked):
     assert wrong == [], "\n".join(f"{name}: {status[name]}\n{said[name][-500:]}" for name in wrong)
 
 
+@pytest.mark.slow
 def test_help_writes_nothing(asked):
     _, _, before, behind = asked
     assert {name for name in {*before, *behind} if before.get(name) != behind.get(name)} == set()
