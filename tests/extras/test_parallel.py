@@ -95,13 +95,13 @@ def test_the_command_line_speaks_with_one_voice():
     (["--quantize", "int8"], "neither quantised nor compiled"),
 ])  # fmt: skip
 def test_what_does_not_go_together_is_said(more, words):
-    result = torchrun("llava.py", "--model", "tiny", "--device", "cpu", *more, status=2)
+    result = torchrun("llava.py", "--model", "tiny", "--device", "cpu", "--prompt", "Hi", *more, status=2)
     assert result.stderr.count(words) >= 1
 
 
 @pytest.mark.slow
 def test_an_uneven_split_is_refused():
-    result = torchrun("llava.py", "--model", "tiny", "--device", "cpu", processes=3, status=2)
+    result = torchrun("llava.py", "--model", "tiny", "--device", "cpu", "--prompt", "Hi", processes=3, status=2)
     assert "4 key-value heads and 352 columns cannot be dealt out evenly to 3 processes" in result.stderr
 
 
