@@ -19,7 +19,6 @@ import warnings
 
 from extras import memory
 
-SMALL = 20e6  # parameters of a model that one thread computes as fast as several
 QUESTION = "Describe the image."
 AUTHORS_SYSTEM = (  # the sentence that the authors' own code puts in front of every prompt (conv_vicuna_v1)
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -225,8 +224,6 @@ def run(options):
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
     with torch.inference_mode(options.chat or options.each):  # packed matrices pay for themselves by the second answer
         model, processor = llava.load(options.model, **settings, revision=options.revision)
-    if sum(tensor.numel() for tensor in model.parameters()) < SMALL:
-        torch.set_num_threads(1)  # threads would only wait for one another, on a busy machine for long
     if model.config.description:
         notice(model.config.description)
     if options.compile:

@@ -594,15 +594,6 @@ def test_help_imports_nothing_heavy():
     assert run.stdout.splitlines()[-1] == "False" and "usage: llava.py" in run.stdout
 
 
-@pytest.mark.parametrize("small", [True, False])
-def test_a_small_model_runs_on_one_thread(ask, monkeypatch, small):
-    chosen = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    monkeypatch.setattr(cli, "SMALL", 10**9 if small else 10)
-    assert ask("--prompt", "Hi", "--max-new-tokens", 2).status == 0
-    assert chosen == [1] * small
-
-
 def test_what_pillow_warns_of_is_no_notice(ask, tmp_path):
     """The picture is whole. What our own files warn of is one."""
     (tmp_path / "short.jpg").write_bytes(jpeg_with(exif=exif()[:20]))
