@@ -169,8 +169,8 @@ def test_blocks_are_of_a_kind_that_is_checked(document):
 
 
 def test_first_screen():
-    """What it is and whose, a picture, short commands that do all of their set-up, an answer, what was not run, and what
-    is here.
+    """What it is and whose, a picture, short commands that do all of their set-up, an answer, what was not run, what is
+    here.
     """
     readme = text("README.md")
     first = readme[: readme.index("\n## ")]
