@@ -281,7 +281,7 @@ def test_each_bug_of_the_switch_is_found_at_its_stage(tab, tmp_path, capsys):
     assert len(bugs) == 5
     for name, bug in bugs.items():
         status, out = against(page_stages(tab, scene_png(), parity.QUESTION, {"bug": name}), tmp_path, capsys)
-        assert status == 1 and f"{bug['stage']} is the first that departs" in out, name
+        assert status == 1 and f"{bug['stage']} is the first that diverges" in out, name
     status, _ = against(page_stages(tab, scene_png(), parity.QUESTION), tmp_path, capsys)
     assert status == 0  # none of them stays
 
@@ -319,7 +319,7 @@ def test_planted_mistakes_in_the_javascript_are_found_at_their_stage(tab, tmp_pa
             status, out = against(page_stages(tab, scene_png(), parity.QUESTION), tmp_path, capsys)
         finally:
             tab.run("llava.stages = kept;")
-        assert status == 1 and f"{stage} is the first that departs" in out, (right, out)
+        assert status == 1 and f"{stage} is the first that diverges" in out, (right, out)
 
 
 PORT = """const source = $("port").textContent + "\\nreturn { vision, llama, llava };";
