@@ -97,10 +97,10 @@ def test_lines_of_the_scripts_fit_beside_the_python():
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright, see requirements-dev.txt")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
-        pytest.skip("needs chromium")
+        pytest.skip("needs chromium on the PATH, such as Debian's package of that name")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         yield browser
