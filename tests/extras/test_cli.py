@@ -313,7 +313,7 @@ def other(content, **values):
 
 MISTAKES = {  # name: (arguments made from a good folder, an empty one and a picture, what the line must say)
     "no such picture": (lambda *_: ["--image", "nowhere.png"], r"no such picture: nowhere\.png"),
-    "a folder": (lambda folder, tmp, _: ["--image", tmp], "cannot be read as a picture"),
+    "a folder": (lambda folder, tmp, _: ["--image", tmp], "is a folder: name the pictures in it"),
     "not a picture": (lambda folder, *_: ["--image", folder / "config.json"], r"config\.json is not a picture"),
     "the second of two": (lambda folder, tmp, picture: ["--image", picture, "nowhere.png"], "no such picture: nowhere"),
     "a name of two lines": (lambda *_: ["--image", "no\nwhere.png"], "no such picture: no where"),
