@@ -30,6 +30,7 @@ if __name__ == "__main__":  # the command line is a file of its own, which impor
     raise SystemExit(cli.program())
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -494,7 +495,8 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     processor = Processor(tokenizer, preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet
         llava = Llava(config).eval()
-    found = weights.scan(llava, hub.complete(model, folder))  # downloads the weights
+    will_fit = partial(speed.check_before_download, llava, device, dtype, quantize, compile)
+    found = weights.scan(llava, hub.complete(model, folder, will_fit))  # downloads the weights
     dtype = speed.prepare(llava, found, device, dtype, quantize, compile)  # puts in what makes it faster
     weights.read(llava, found, dtype, device, hub.progress)
     return llava, processor

@@ -36,6 +36,10 @@ def chat(model, processor, images, options, system=()):
         if command == "/image":
             attached, missing = attach(argument, missing)
             images = [*images, *attached]
+            if attached:
+                sizes = ", ".join(f"{image.width} x {image.height}" for image in attached)
+                before = len(images) - len(attached)
+                notice(f"{argument} ({sizes}) waits for your question" + (f", behind {before} more" if before else ""))
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command.startswith("/"):
@@ -119,15 +123,19 @@ def on_terminal():
 def read_line():
     """The next line that is not empty, None at the end of the input. On a terminal with line editing and a history."""
     while True:
+        terminal = on_terminal()
         try:
-            if terminal := on_terminal():
+            if terminal:
                 with contextlib.suppress(ImportError):  # Windows edits lines by itself
                     import readline  # noqa: F401 (input() edits lines once it is there)
             words = input("> " if terminal else "").strip()
         except EOFError:
+            if terminal:
+                print(file=sys.stderr)  # what comes next begins on a line of its own
             return None
         except KeyboardInterrupt:
             print(file=sys.stderr)
+            notice("Ctrl-D or /exit leaves")
             continue
         if words:
             return words

@@ -19,7 +19,6 @@ import warnings
 
 from extras import memory
 
-SMALL = 20e6  # parameters of a model that one thread computes as fast as several
 QUESTION = "Describe the image."
 AUTHORS_SYSTEM = (  # the sentence that the authors' own code puts in front of every prompt (conv_vicuna_v1)
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -100,16 +99,16 @@ def make_parser():
     )  # fmt: skip
     add(
         "--model", default="llava-hf/llava-1.5-7b-hf", metavar="NAME",
-        help="a Hub id, a folder, or tiny (default: %(default)s)",
+        help="a Hub id, a folder, or tiny (default: %(default)s, 14.1 GB to download)",
     )  # fmt: skip
     add("--revision", metavar="REV", help="a branch, tag or commit of the Hub's repository")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    add("--quantize", choices=["int8", "int4"], help="store the language model in fewer bits: smaller and faster")
+    add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
+    add("--quantize", choices=["int8", "int4"], help="fewer bits for the language model: smaller, and on a CPU faster")
     add("--compile", action="store_true", help="record the decode step (on a CPU this needs a C++ compiler)")
     add(
         "--max-new-tokens", type=int, default=512, metavar="N",
-        help="the answer's longest length (default: %(default)s)",
+        help="maximum length of the answer, in tokens (default: %(default)s)",
     )  # fmt: skip
     add(
         "--temperature", type=float, default=0.0, metavar="T",
@@ -118,7 +117,7 @@ def make_parser():
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that together reach P")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     add("--num-beams", type=int, default=1, metavar="N", help="search for the likeliest answer along N beams")
-    add("--seed", type=int, metavar="N", help="of the sampling, to repeat it")
+    add("--seed", type=int, metavar="N", help="seed for sampling, to repeat an answer")
     add(
         "--pad", action="store_true", default=None,
         help="pad to a square, as the authors' code does, instead of cropping to one",
@@ -131,7 +130,7 @@ def make_parser():
     add("--trace", action="store_true", help="print each stage's shape, dtype, milliseconds and bytes to stderr")
     add("--explain", metavar="PAGE.html", help="write a page that shows where in the picture each word looked")
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--chat", action="store_true", help="talk about the pictures; /image FILE adds one, Ctrl-D leaves")
+    way.add_argument("--chat", action="store_true", help="talk about the pictures; /help lists what can be typed")
     way.add_argument("--each", action="store_true", help="ask the question of each picture in turn")
     way.add_argument(
         "--choices", type=readable, nargs="+", metavar="ANSWER",
@@ -225,8 +224,6 @@ def run(options):
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
     with torch.inference_mode(options.chat or options.each):  # packed matrices pay for themselves by the second answer
         model, processor = llava.load(options.model, **settings, revision=options.revision)
-    if sum(tensor.numel() for tensor in model.parameters()) < SMALL:
-        torch.set_num_threads(1)  # threads would only wait for one another, on a busy machine for long
     if model.config.description:
         notice(model.config.description)
     if options.compile:

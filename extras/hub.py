@@ -3,9 +3,11 @@
 import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 from extras import checks, other_formats
+from extras.cli import notice
 from weights import INDEX, SINGLE
 
 CONFIGS = [
@@ -44,36 +46,85 @@ def find(model, revision=None):
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
 
 
-def complete(model, folder):
+def complete(model, folder, fits=lambda size: None):
     """Download the weights of a Hub id into the folder that `find` gave for it, and check that they are files of this
-    folder → the folder. An interrupted download resumes.
+    folder → the folder. What is downloaded is said before. An interrupted download resumes.
 
-    Raises ValueError or OSError with a finished sentence.
+    fits: called with the size of the files in bytes, None if the Hub does not tell it, before anything is downloaded:
+    it raises what keeps the model from being used here. Raises ValueError or OSError with a finished sentence.
     """
     if model != "tiny" and not Path(model).is_dir():
         sharded = not (folder / SINGLE).exists() and (folder / INDEX).exists()
-        download(model, folder, [file.name for file in checks.shards(folder)] if sharded else [SINGLE])
+        download(model, folder, [file.name for file in checks.shards(folder)] if sharded else [SINGLE], fits)
     checks.shards(folder)
     return folder
 
 
-def download(repo, folder, files):
+def download(repo, folder, files, fits):
     """Files of a repository into a snapshot of it in the Hub's cache, unless they are there."""
-    from huggingface_hub import HfApi, constants, errors, hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    commit = folder.name  # so that all the files are of the same one
+    commit, about = folder.name, {}  # the commit, so that all the files are of the same one
     for name in files:
-        try:
-            with refusals(repo):
-                if not (folder / name).exists() and not constants.HF_HUB_OFFLINE:
-                    fetch(repo, name, folder)
-                hf_hub_download(repo, name, revision=commit)
-        except errors.EntryNotFoundError:
-            why = None
-            if name == SINGLE:
-                with contextlib.suppress(OSError, errors.HTTPError):  # no answer now: then it is just missing
-                    why = other_formats.without_weights(repo, HfApi().list_repo_files(repo, revision=commit), folder)
-            raise OSError(why or f"{repo} holds no {name}") from None
+        if not (folder / name).exists() and not constants.HF_HUB_OFFLINE:
+            with absences(repo, name, folder), refusals(repo):
+                about[name] = get_hf_file_metadata(hf_hub_url(repo, name, revision=commit))
+                check_metadata(about[name])
+    if about:
+        size = sum(file.size or 0 for file in about.values())
+        fits(size if all(file.size for file in about.values()) and len(about) == len(files) else None)
+        announce(repo, folder, about)
+    for name in files:
+        with absences(repo, name, folder), refusals(repo):
+            if name in about:
+                fetch(repo, name, folder, about[name])
+            hf_hub_download(repo, name, revision=commit)
+
+
+def announce(repo, folder, about):
+    """Say what is about to be downloaded, unless the disk has no room for it. about: {name: what the Hub says of it}"""
+    blobs = folder.parents[1] / "blobs"
+    parts = [blobs / f"{file.etag}.part" for file in about.values()]
+    there = sum(part.stat().st_size for part in parts if part.exists())
+    whole = sum(file.size or 0 for file in about.values())
+    where, free = folder.parents[2], shutil.disk_usage(folder).free
+    if whole - there > free:
+        raise OSError(
+            f"{repo} takes {in_words(whole - there)} more, and the disk of {where} has {in_words(free)}: make room, or "
+            "set HF_HOME to a folder on another disk"
+        )
+    size = in_words(whole) if all(file.size for file in about.values()) else "weights of unknown size"
+    rest = f", of which {in_words(there)} are here from before" if there else ""
+    notice(f"{repo}: {size} to download{rest}; kept in {where}, so that it is downloaded once")
+
+
+def in_words(size):
+    """A number of bytes, to be read."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def check_metadata(about):
+    """Raise what the Hub's client does where an answer leaves out which version of the file it is of."""
+    from huggingface_hub import errors
+
+    if about.etag is None:
+        raise errors.FileMetadataError
+
+
+@contextlib.contextmanager
+def absences(repo, name, folder):
+    """Turn the error that a file is missing into an OSError that says what stands there instead."""
+    from huggingface_hub import HfApi, errors
+
+    try:
+        yield
+    except errors.EntryNotFoundError:
+        why = None
+        if name == SINGLE:
+            with contextlib.suppress(OSError, errors.HTTPError):  # no answer now: then it is just missing
+                there = HfApi().list_repo_files(repo, revision=folder.name)
+                why = other_formats.without_weights(repo, there, folder)
+        raise OSError(why or f"{repo} holds no {name}") from None
 
 
 @contextlib.contextmanager
@@ -115,22 +166,19 @@ def refusals(repo, revision=None):
         ) from None
 
 
-def fetch(repo, name, folder):
+def fetch(repo, name, folder, about):
     """A large file into the Hub's cache, where hf_hub_download then finds it. What an earlier call got of it before it
     was stopped is kept and continued, while recent versions of the Hub's own client begin anew.
 
     As that client does, it goes to blobs/, to which the snapshot links; where there are no links, to the snapshot.
     """
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import are_symlinks_supported, http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
     blobs = folder.parents[1] / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     url = hf_hub_url(repo, name, revision=folder.name)
-    about = get_hf_file_metadata(url)
-    if about.etag is None:
-        raise errors.FileMetadataError
     whole, part = blobs / about.etag, blobs / f"{about.etag}.part"
     with WeakFileLock(blobs / f"{about.etag}.lock"):  # two processes that want the same file
         if whole.exists() or (folder / name).exists():

@@ -53,6 +53,8 @@ def open_image(file):
             image, note = decode_somehow(stream, head)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"no such picture: {name}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{name} is a folder: name the pictures in it") from None
     except Refusal as refusal:
         raise ValueError(str(refusal).format(name)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

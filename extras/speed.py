@@ -10,6 +10,7 @@ here gives the same numbers as the plain way, or says by how much it differs, an
 """
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -19,6 +20,8 @@ import torch
 import llama
 import weights
 from extras import memory, parallel, quantize, recorded
+
+SMALL = 20e6  # parameters of a model that one thread computes as fast as several
 
 
 def choose(device, dtype, quantize_to, compile):
@@ -43,6 +46,35 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     """
     if dtype == "auto":
         dtype = fastest_dtype(model, device, main_dtype(model, found), quantize_to)
+    small = count_parameters(model) < SMALL
+    replace_layers(model, device, dtype, quantize_to, compile)
+    check_memory(model, device, dtype)
+    if device.type == "cpu":
+        for block in model.llama.blocks:
+            block.attention.attend = attend_one_query
+        if small:
+            one_thread(model)
+    if compile:
+        model.llama.run = recorded.RecordedStep(model.llama, device)
+        if device.type == "cpu":
+            model.init_kv_cache = functools.partial(recorded.init_kv_cache, model)
+    return dtype
+
+
+def check_before_download(model, device, dtype, quantize_to, compile, size=None):
+    """Refuse a model that will not fit into the memory before a byte of its weights is fetched: its config alone says
+    how many numbers there are. size: bytes of its files, or None if they are not known: then it is 16 bits a number.
+    """
+    if dtype == "auto":
+        wide = size is not None and size > 3 * count_parameters(model)
+        dtype = fastest_dtype(model, device, torch.float32 if wide else torch.float16, quantize_to)
+    model = copy.deepcopy(model)  # on the meta device, where it costs nothing
+    replace_layers(model, device, dtype, quantize_to, compile)
+    check_memory(model, device, dtype)
+
+
+def replace_layers(model, device, dtype, quantize_to, compile):
+    """Put those layers in that the options ask for, or that are faster."""
     if parallel.in_group():
         parallel.split(model.llama, dtype)
     if quantize_to is not None:
@@ -50,15 +82,30 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
     if answers_only and device.type == "cpu" and quantize.PackedLinear.works(dtype):
         quantize.replace_layers(model, quantize.PackedLinear, dtype)
-    check_memory(model, device, dtype)
-    if device.type == "cpu":
-        for block in model.llama.blocks:
-            block.attention.attend = attend_one_query
-    if compile:
-        model.llama.run = recorded.RecordedStep(model.llama, device)
-        if device.type == "cpu":
-            model.init_kv_cache = functools.partial(recorded.init_kv_cache, model)
-    return dtype
+
+
+def count_parameters(model):
+    return sum(tensor.numel() for tensor in model.parameters())
+
+
+def one_thread(model):
+    """Let the parts of a model compute on one thread. If it is small, several only wait for one another, and on a busy
+    machine for long. Around the parts, and for whatever else the process does, their number stays as it is.
+    """
+    outside = []
+
+    def enter(*_):
+        if torch.get_num_threads() > 1:
+            outside.append(torch.get_num_threads())
+            torch.set_num_threads(1)
+
+    def leave(*_):
+        if outside:
+            torch.set_num_threads(outside.pop())
+
+    for part in (model.vision, model.projector, model.llama, model.llama.head):
+        part.register_forward_pre_hook(enter)
+        part.register_forward_hook(leave, always_call=True)
 
 
 def pick_device(name):
@@ -95,7 +142,7 @@ def fastest_dtype(model, device, stored, quantize_to):
             return stored if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
-    large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
+    large = count_parameters(model) > 100e6
     native = (
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
     )
@@ -112,7 +159,7 @@ def main_dtype(model, found):
 
 def check_memory(model, device, dtype):
     """Refuse a model that will not fit before reading it, rather than being killed halfway."""
-    needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
+    needed = count_parameters(model) * dtype.itemsize
     needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised and packed layers
     there = None
     if device.type == "cuda":

@@ -64,7 +64,7 @@ def reference(pair):
 def data():
     """Real pictures and the real Vicuna tokenizer, which are not part of this repository."""
     if "LLAVA_TEST_DATA" not in os.environ:
-        pytest.skip("needs real pictures and the published tokenizer: set LLAVA_TEST_DATA to their folder")
+        pytest.skip("needs photographs and the published tokenizer: CONTRIBUTING.md says how to get them")
     return Path(os.environ["LLAVA_TEST_DATA"])
 
 

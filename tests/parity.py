@@ -1,4 +1,4 @@
-"""Ours beside transformers, stage by stage, on any checkpoint: which stage departs first, and by how much?
+"""Ours beside transformers, stage by stage, on any checkpoint: which stage diverges first, and by how much?
 
     python tests/parity.py                                   tiny, in float64
     python tests/parity.py FOLDER_OR_HUB_ID --dtype bfloat16 --device cuda
@@ -231,7 +231,7 @@ def count(number):
 
 def report(rows, names, shapes=None, notes=()):
     """Print the table, notes, and a verdict as the last line; returns the names of the stages over their bound, the
-    first that departs in front. shapes: what different_shapes says.
+    first that diverges in front. shapes: what different_shapes says.
     """
     a, b = names
     print(f"{'stage':<34} {'worst absolute':>15} {'relative':>10} {'cosine':>12} {'bound':>8}")
@@ -247,7 +247,7 @@ def report(rows, names, shapes=None, notes=()):
         print(note)
     verdict = "all within their bounds"
     if over:
-        verdict = f"{over[0]} is the first that departs, {len(over)} in all (docs/porting.md: what usually does that)"
+        verdict = f"{over[0]} is the first that diverges, {len(over)} in all (docs/porting.md: what usually does that)"
     elif any(row[4] == float("inf") for row in rows):
         verdict += ", which in 16 bits only ids, pixels and tokens have"
     print(f"{count(len(rows))}, {a} against {b}: {verdict}")
@@ -357,7 +357,7 @@ def main(arguments=None):
         other, said = read_stages(options.against) if options.against else ({}, {})
         dtype = speed.pick_dtype(options.dtype or said.get("dtype", "float64"))
         device = speed.pick_device(options.device)
-        folder = hub.complete(options.model, hub.find(options.model))
+        folder = hub.find(options.model)
         question = said.get("question", QUESTION) if options.question is None else options.question
         picture = options.image or ROOT / said.get("picture", "tiny/scene.png")
         if not options.image and not picture.exists():
@@ -368,7 +368,8 @@ def main(arguments=None):
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         gradients = not options.no_gradients and not (other and not any(map(is_gradient, other)))
-        stages, config, processor = run_ours(str(folder), dtype, device, image, gradients, question)
+        # loads it by its name, so that what does not fit into memory is not downloaded
+        stages, config, processor = run_ours(options.model, dtype, device, image, gradients, question)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"error: {str(error).replace('--model tiny', 'tiny')}", file=sys.stderr)  # here it is no option
         return 2

@@ -72,7 +72,7 @@ def test_one_wrong_number_is_traced_to_its_stage(checkpoints, picture, capsys):
         model.llama.blocks[1].mlp.up.weight[0, 0] += 1e-3
     rows = parity.compare(parity.ours(model, processor, picture), right, torch.float64)
     over = parity.report(rows, ("broken", "right"))
-    assert over[0] == "llama.2" and "llama.2 is the first that departs" in capsys.readouterr().out
+    assert over[0] == "llama.2" and "llama.2 is the first that diverges" in capsys.readouterr().out
 
 
 def test_a_stage_that_is_not_a_number_is_over_its_bound():
@@ -98,7 +98,7 @@ def test_the_command_dumps_and_compares_a_file_of_stages(checkpoints, picture, t
     save_file({**stages, "unheard_of": torch.ones(1)}, file)
     assert parity.main([*command, "--against", file]) == 1
     out = capsys.readouterr().out
-    assert "vision.2 is the first that departs" in out and "no stage of that name: unheard_of" in out
+    assert "vision.2 is the first that diverges" in out and "no stage of that name: unheard_of" in out
 
 
 def test_bad_arguments_are_one_line(tmp_path, capsys):
@@ -147,7 +147,7 @@ def test_a_dump_says_what_went_in_and_ours_is_asked_the_same(dumped, capsys):
     out = capsys.readouterr().out
     assert f"{model} in float32, asked 'Is it red?' about {picture!r}" in out and "all within" in out.splitlines()[-1]
     assert parity.main([model, "--against", file, "--question", "Is it blue?"]) == 1  # what is given counts
-    assert "ids is the first that departs" in capsys.readouterr().out
+    assert "ids is the first that diverges" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         parity.main([model, "--against", file, "--dtype"])
 
@@ -172,7 +172,7 @@ def test_both_shapes_are_printed_where_they_differ(dumped, tmp_path, capsys):
     more = (*shape[:2], shape[2] + 1, *shape[3:])
     assert lines["projector"].endswith(f" {more} against {tuple(shape)}  <-- over")
     assert ": its batch dimension is missing  <-- over" in lines["llama.1"]
-    assert "against" not in lines["logits"] and "projector is the first that departs, 2 in all" in out[-1]
+    assert "against" not in lines["logits"] and "projector is the first that diverges, 2 in all" in out[-1]
 
 
 def test_another_shape_and_no_number_are_over_in_sixteen_bits_too():

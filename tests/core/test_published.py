@@ -55,7 +55,7 @@ def loaded():
 
     def load(repository):
         if not isinstance(try_to_load_from_cache(repository, "config.json"), str):
-            pytest.skip(f"needs the weights of {repository} in the Hub's local cache")
+            pytest.skip(f"needs the weights of {repository} in the Hub's cache: hf download {repository}")
         if repository not in kept:
             kept.clear()
             kept[repository] = llava.load(repository)

@@ -97,10 +97,10 @@ def test_lines_of_the_scripts_fit_beside_the_python():
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright, see requirements-dev.txt")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
-        pytest.skip("needs chromium")
+        pytest.skip("needs chromium on the PATH, such as Debian's package of that name")
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         yield browser
@@ -281,7 +281,7 @@ def test_each_bug_of_the_switch_is_found_at_its_stage(tab, tmp_path, capsys):
     assert len(bugs) == 5
     for name, bug in bugs.items():
         status, out = against(page_stages(tab, scene_png(), parity.QUESTION, {"bug": name}), tmp_path, capsys)
-        assert status == 1 and f"{bug['stage']} is the first that departs" in out, name
+        assert status == 1 and f"{bug['stage']} is the first that diverges" in out, name
     status, _ = against(page_stages(tab, scene_png(), parity.QUESTION), tmp_path, capsys)
     assert status == 0  # none of them stays
 
@@ -319,7 +319,7 @@ def test_planted_mistakes_in_the_javascript_are_found_at_their_stage(tab, tmp_pa
             status, out = against(page_stages(tab, scene_png(), parity.QUESTION), tmp_path, capsys)
         finally:
             tab.run("llava.stages = kept;")
-        assert status == 1 and f"{stage} is the first that departs" in out, (right, out)
+        assert status == 1 and f"{stage} is the first that diverges" in out, (right, out)
 
 
 PORT = """const source = $("port").textContent + "\\nreturn { vision, llama, llava };";

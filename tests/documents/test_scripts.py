@@ -132,7 +132,7 @@ def draw(tmp_path, *options):
 
 def test_a_table_is_drawn_without_measuring(tmp_path):
     """Its numbers stand at the bars, those of as many bits beside one another."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib, see requirements-notebooks.txt")
     rows = {"ours int4": "90.0", "transformers bfloat16": "21.0", "llama.cpp Q4_0": "131.0", "ours bfloat16": "32.0"}
     table = "".join(f"| {name} | {rate} (1.0–2.0) | 1.00 (1.00–1.00) | 9.9 | 50% |\n" for name, rate in rows.items())
     (tmp_path / "table.md").write_text(f"| other |\n|---|\n| 7 |\n\n{HEAD}{table}\nWords | and a line.\n")

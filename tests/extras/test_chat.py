@@ -208,6 +208,7 @@ def test_pictures_that_are_none(talk, talker, log, pictures, tmp_path):
     assert found.status == 0 and found.out == written(talker, answers) and len(answers) == 2
     assert len(found.errors) == len(bad) and "Traceback" not in found.err
     assert "no such picture: nowhere.png" in found.errors[0] and "download it" in found.errors[3]
+    assert f"{tmp_path} is a folder: name the pictures in it" in found.errors[1]
     assert talk(ASKED[:2], "--image", pictures[0], "--max-new-tokens", 8).out == found.out
 
 
@@ -384,7 +385,17 @@ def test_ctrl_c_at_the_prompt_is_not_the_end(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", line)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert [chat.read_line(), chat.read_line()] == ["Hello", None]
-    assert capsys.readouterr() == ("", "\n\n")  # the cursor goes to a new line
+    assert capsys.readouterr() == ("", "\nnotice: Ctrl-D or /exit leaves\n" * 2)  # and the cursor goes to a new line
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_on_a_terminal_ctrl_d_ends_the_line(monkeypatch, capsys, terminal):
+    def end(*_):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    monkeypatch.setattr(chat, "on_terminal", lambda: terminal)
+    assert chat.read_line() is None and capsys.readouterr() == ("", "\n" * terminal)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -605,6 +616,15 @@ def test_a_pasted_name_attaches_the_picture(talk, talker, log, family, pictures,
     found = talk(["/image 'my photo.png' ", ASKED[0]], "--max-new-tokens", 8)
     assert not found.errors and log.pictures == [1]
     assert log.answers[0] == cold(talker, form(family, [(1, ASKED[0])], []), pictures[:1], max_new_tokens=8)
+
+
+def test_a_picture_that_waits_is_named_with_its_size(talk, talker, log, named):
+    found = talk(["/image c.png", "/image 'a b.png' my\\ scene.png", ASKED[0]], "--max-new-tokens", 8)
+    notices = re.findall("^notice: (.* waits .*)$", found.err, re.M)
+    assert notices == [
+        "c.png (30 x 30) waits for your question",
+        "'a b.png' my\\ scene.png (30 x 30, 30 x 30) waits for your question, behind 1 more",
+    ]
 
 
 @pytest.mark.parametrize("bad", ["none.png", "/", "http://x.org/y.png"])

@@ -309,7 +309,7 @@ def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, see requirements-dev.txt")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
-        pytest.skip("needs a chromium, such as Debian's package of that name")
+        pytest.skip("needs chromium on the PATH, such as Debian's package of that name")
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield browser

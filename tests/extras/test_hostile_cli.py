@@ -209,7 +209,7 @@ PICTURES = {  # case: (arguments made from a folder, exit status, what stderr mu
         lambda tmp: [IMAGE, written(tmp / "x.jpg", b"<!DOCTYPE html><title>403</title>")], 2, "is a web page"),
     "a HEIC picture": (
         lambda tmp: [IMAGE, written(tmp / "x.jpg", b"\0\0\0\x18ftypheic" + bytes(99))], 2, "is a HEIC picture"),
-    "a directory as a picture": (lambda tmp: [IMAGE, tmp], 2, "cannot be read as a picture"),
+    "a directory as a picture": (lambda tmp: [IMAGE, tmp], 2, "is a folder: name the pictures in it"),
     "a picture that is not there": (lambda tmp: [IMAGE, tmp / "none.png"], 2, "no such picture"),
     "an address": (lambda tmp: [IMAGE, "https://localhost/x.png"], 2, "download it first"),
     "an endless device": (lambda tmp: [IMAGE, "/dev/zero"], 2, "is not a picture"),

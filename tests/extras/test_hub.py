@@ -201,6 +201,15 @@ assert "huggingface_hub" not in sys.modules
 def find(model, revision):
     return str(extras.hub.complete(model, extras.hub.find(model, revision)))
 
+def poor(model, revision):  # a machine of 1,000 bytes
+    extras.speed.memory.limit = lambda processes=1: (1000, "this machine")
+    return load(model, revision)
+
+def full(model, revision):  # a disk of 1,000 bytes
+    usage = extras.hub.shutil.disk_usage
+    extras.hub.shutil.disk_usage = lambda folder: usage(folder)._replace(free=1000)
+    return load(model, revision)
+
 def both(model, revision):  # two processes at once
     child = os.fork()
     found = [load(model, revision), load(model, revision)]
@@ -418,9 +427,8 @@ def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, mon
         raise huggingface_hub.errors.HTTPError("the line is dead")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "a" / "b" / "c"))
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", missing)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", missing)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", silent)
-    monkeypatch.setattr(extras.hub, "fetch", lambda *_: None)
     with pytest.raises(OSError, match=r"a/b holds no model\.safetensors"):
         extras.hub.complete("a/b", extras.hub.find("a/b"))
 
@@ -460,6 +468,7 @@ def test_a_download_that_was_stopped_goes_on_where_it_stopped(hub, nursery, ask,
     assert nursery.status() != 0 and "KeyboardInterrupt" in nursery.stderr.read_text()
     hub.go_on.set()
     assert "model.safetensors" not in downloaded(tmp_path)
+    assert "notice: team/model: 24.0 MB to download; kept in " in nursery.stderr.read_text()
 
     hub.log.clear()
     hub.cut = 0, 1000
@@ -472,6 +481,7 @@ def test_a_download_that_was_stopped_goes_on_where_it_stopped(hub, nursery, ask,
     hub.cut, hub.served = None, 0
     ((kind, folder),) = ask(hub, tmp_path, ("find", "team/model"))
     assert kind == "ok" and hub.served == len(LARGE["model.safetensors"]) - PIECE
+    assert "24.0 MB to download, of which 10.5 MB are here from before;" in nursery.stderr.read_text()
     assert Path(folder, "model.safetensors").read_bytes() == LARGE["model.safetensors"]
     assert not list(tmp_path.glob("hub/*/blobs/*.part"))
 
@@ -552,6 +562,31 @@ def test_a_repository_that_its_small_files_rule_out_costs_not_a_byte_of_weights(
     assert hub.served == 0 and not any("safetensors" in name for name in hub.asked() if "index" not in name)
 
 
+@pytest.mark.parametrize("lacking, words", [
+    ("poor", r"the weights take 0\.0 GB in float32 and the cpu has 0\.0 GB \(this machine\).*--model tiny"),
+    ("full", r"team/\w+ takes \d\.\d MB more, and the disk of .*hub has 0\.0 MB: make room, or set HF_HOME"),
+])  # fmt: skip
+def test_no_room_no_download(hub, nursery, ask, files, checkpoints, tmp_path, lacking, words):
+    """Of weights that this machine has no room for only the size is asked for. And nothing is said that is not done."""
+    shards = Path(Checkpoint(checkpoints["llama"], tmp_path / "sharded").write("B", 3))
+    sharded = {**files, **{file.name: file.read_bytes() for file in shards.iterdir()}}
+    del sharded["model.safetensors"]
+    hub.add("team/model", files)
+    hub.add("team/sharded", sharded)
+    for kind, text in ask(hub, tmp_path / "home", (lacking, "team/model"), (lacking, "team/sharded")):
+        assert kind == "error" and re.search(words, text), text
+    assert hub.served == 0 and not any(name.endswith(".safetensors") for name in hub.asked())
+    assert "notice" not in nursery.stderr.read_text()
+
+
+def test_what_is_downloaded_is_said_once_with_its_size(hub, nursery, ask, files, tmp_path):
+    hub.add("team/model", files)
+    notice = f"{len(files['model.safetensors']) / 1e6:.1f} MB to download; kept in {tmp_path}/hub, so that"
+    for said in ([f"notice: team/model: {notice} it is downloaded once"], []):
+        ask(hub, tmp_path, ("load", "team/model"))
+        assert [line for line in nursery.stderr.read_text().splitlines() if "notice" in line] == said
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_weights_lie_on_the_disk_once(hub, ask, files, checkpoints, tmp_path, links):
     """Also where files cannot be linked to, as on Windows."""
@@ -592,7 +627,8 @@ def test_a_mirror_that_drops_a_header_is_named_in_one_line(hub, ask, files, tmp_
     assert hub.served == 0
 
 
-def test_a_mirror_without_sizes_will_do(hub, ask, files, checkpoints, tmp_path):
+def test_a_mirror_without_sizes_will_do(hub, nursery, ask, files, checkpoints, tmp_path):
     hub.add("team/model", files)
     hub.dropped = {"X-Linked-Size", "Accept-Ranges"}
     assert ask(hub, tmp_path, ("load", "team/model")) == [["ok", contents(checkpoints["llama"])]]
+    assert "notice: team/model: weights of unknown size to download" in nursery.stderr.read_text()

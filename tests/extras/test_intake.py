@@ -234,7 +234,7 @@ def test_a_format_outside_the_list_is_refused(tmp_path):
 
 
 def test_a_directory_a_missing_file_and_an_address_are_refused(tmp_path):
-    refused(tmp_path, f"{tmp_path} cannot be read")
+    refused(tmp_path, f"{tmp_path} is a folder: name the pictures in it")
     refused(tmp_path / "none.png", f"no such picture: {tmp_path / 'none.png'}", kind=FileNotFoundError)
     refused(str(tmp_path / "none.png"), f"no such picture: {tmp_path / 'none.png'}", kind=FileNotFoundError)
     for address in ("http://localhost/cat.jpg", "https://localhost/cat.jpg", "HTTPS://localhost/cat.jpg"):

@@ -1,7 +1,10 @@
 """What is chosen for a machine changes rounding alone."""
 
+import contextlib
+
 import pytest
 import torch
+from PIL import Image
 
 import llama
 import llava
@@ -103,3 +106,77 @@ def test_processes_of_torchrun_share_the_memory(monkeypatch):
     monkeypatch.setattr(speed.memory, "limit", lambda processes: asked.append(processes))
     speed.check_memory(torch.nn.Linear(1, 1), torch.device("cpu"), torch.float32)
     assert asked == [4]
+
+
+@pytest.mark.parametrize("size, fits", [(2_000_000, True), (4_000_000, False), (None, True)])
+def test_memory_is_judged_by_config_and_size_before_a_download(monkeypatch, size, fits):
+    """There are 3 MB for a million numbers: enough if they are stored in 16 bits, as is assumed where nobody says."""
+    monkeypatch.setattr(speed.memory, "limit", lambda processes: (3_000_000, "this machine"))
+    monkeypatch.setattr(speed, "fastest_dtype", lambda model, device, stored, quantize_to: stored)
+    with torch.device("meta"):
+        model = torch.nn.Linear(1000, 1000, bias=False)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="the weights take"):
+        speed.check_before_download(model, torch.device("cpu"), "auto", None, False, size)
+    with pytest.raises(ValueError, match="in float64"):
+        speed.check_before_download(model, torch.device("cpu"), torch.float64, None, False, size)
+
+
+def test_memory_is_judged_with_the_bits_that_are_asked_for(monkeypatch):
+    """And the model itself stays as it is: its names are still to be compared with those of the files."""
+    monkeypatch.setattr(speed.memory, "limit", lambda processes: (2_000_000, "this machine"))
+    with torch.device("meta"):
+        model = llava.Llava(llava.LlavaConfig(text_config=llama.TextConfig(
+            hidden_size=128, intermediate_size=1024, num_hidden_layers=4, vocab_size=64, num_attention_heads=4)))
+        model.vision, model.projector = torch.nn.Identity(), torch.nn.Identity()
+    names = set(model.state_dict())
+    speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, "int4", False)
+    with pytest.raises(ValueError, match="in bfloat16"):
+        speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, None, False)
+    assert set(model.state_dict()) == names
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+@pytest.fixture
+def threads():
+    """Three of them outside, for one test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("small, inside", [(True, {1}), (False, {3})])
+def test_a_small_model_computes_on_one_thread(threads, monkeypatch, checkpoints, small, inside):
+    """Wherever it is used, and whatever else the process does keeps its threads."""
+    monkeypatch.setattr(speed, "SMALL", 10**9 if small else 10)
+    model, processor = llava.load(str(checkpoints["llama"]), device="cpu")
+    seen = {"vision": set(), "projector": set(), "llama": set(), "llama.head": set()}
+    for name, numbers in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, to=numbers: to.add(torch.get_num_threads()))
+    edge = model.config.vision_config.image_size
+    inputs = processor.chat([("user", "Hi")], [Image.new("RGB", (edge, edge))])
+    model.generate(**inputs, max_new_tokens=3)
+    assert torch.get_num_threads() == 3 and list(seen.values()) == [inside] * 4
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert torch.get_num_threads() == 3
+
+
+def test_an_error_or_ctrl_c_inside_leaves_the_threads_as_they_were(threads, checkpoints):
+    model, _ = llava.load(str(checkpoints["llama"]), device="cpu")
+    with pytest.raises(RuntimeError):
+        model.projector(torch.zeros(1, 1, 3))
+    assert torch.get_num_threads() == 3
+    x = torch.zeros(1, 1, model.projector.linear_1.in_features)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.projector.linear_1.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.projector(x)
+    hook.remove()
+    model.projector(x)
+    assert torch.get_num_threads() == 3
