@@ -117,7 +117,7 @@ def figures():
 
 
 def screenshot(page, file):
-    """The page in a browser, at the first word for a colour."""
+    """The page in a browser, as it opens."""
     import shutil
 
     from playwright.sync_api import sync_playwright
@@ -128,8 +128,6 @@ def screenshot(page, file):
         tab = browser.new_page(viewport={"width": 1060, "height": 760})
         tab.goto(page.as_uri())
         tab.wait_for_selector("body[data-ready]")
-        tab.click("#answer button:text-matches('^(red|orange|yellow|green|blue|purple)$') >> nth=2")
-        tab.mouse.move(0, 0)
         tab.screenshot(path=file)
         browser.close()
 
