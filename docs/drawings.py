@@ -1,4 +1,4 @@
-"""Draws docs/drawings/*.svg, one idea each: patches, the merge, attention with its mask, RoPE, the KV cache, the stages.
+"""Draws docs/drawings/*.svg, one idea each: patches, merge, attention with its mask, RoPE, KV cache, stages.
 
     python docs/drawings.py
 
@@ -14,10 +14,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+from sheet import Sheet  # noqa: E402
+
 import llama  # noqa: E402
 import llava  # noqa: E402
 from extras import explain, lens  # noqa: E402
-from sheet import Sheet  # noqa: E402
 
 SCENE = ROOT / "tiny" / "scene.png"
 PICKED = (3, 10, 14, 15, 26, 27, 43)  # patches with something on them
@@ -65,8 +66,8 @@ def patches(model, stages):
         heat(sheet, 580, 68 + i * step, shown[i + 1 : i + 2], 12, height=22)
     sheet.text(580, 366, f"{vectors.shape[0]} vectors of {vectors.shape[1]} numbers: what the blocks take")
     sheet.text(580, 388, "the 7B: 24 × 24 patches of 14 × 14, and 1024 numbers each", "s")
-    sheet.text(20, 416, "W is one linear layer, the same for every patch; without the place that is added, it would be a bag of "
-               "patches.", "s")  # fmt: skip
+    below = "W is one linear layer, the same for every patch; the place is added, or it were a bag of patches."
+    sheet.text(20, 416, below, "s")
     return sheet
 
 
@@ -109,8 +110,8 @@ def merge(processor, ids):
     sheet.line((left, 112), (begin, 234), kind="line dash")
     sheet.line((right, 112), (end, 234), kind="line dash")
     sheet.text(end + 14, 180, "49 patches, from vision tower and projector", "s")
-    sheet.text(20, 304, "By position, and nothing else is done to them. From here on it is a row of vectors, and the language model "
-               "continues it.", "s")  # fmt: skip
+    below = "By position, and nothing else is done to them. From here on it is a row that the language model continues."
+    sheet.text(20, 304, below, "s")
     return sheet
 
 
@@ -123,11 +124,14 @@ def attention():
     scores = q @ k.T / E**0.5
     mask = llama.visible(torch.ones(1, T, dtype=torch.bool), torch.arange(T))[0, 0]
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    sheet = Sheet(1000, 400, "Attention: scores, a mask that hides what comes later, softmax, a weighted mean of the values.")
+    sheet = Sheet(1000, 400, "Attention: scores, a mask that hides what is later, softmax, a weighted mean.")
     sheet.text(20, 34, "Attention, with its mask", "b")
     size, top = 34, 110
-    panels = ((90, "scores", "q kᵀ / √E", (scores - scores.min()) / (scores.max() - scores.min())),
-              (350, "mask", "key ≤ query", mask.float()), (610, "weights", "softmax of what is left", weights))  # fmt: skip
+    panels = (
+        (90, "scores", "q kᵀ / √E", (scores - scores.min()) / (scores.max() - scores.min())),
+        (350, "mask", "key ≤ query", mask.float()),
+        (610, "weights", "softmax of what is left", weights),
+    )
     for x, title, formula, values in panels:
         heat(sheet, x, top, values, size, "kept" if title == "mask" else "on")
         sheet.text(x, top - 34, title, "t")
@@ -146,8 +150,8 @@ def attention():
     sheet.text(870, top + 120, "weights sums to 1:", "s")
     sheet.text(870, top + 138, "a weighted mean", "s")
     sheet.text(870, top + 156, "of the values", "s")
-    sheet.text(20, 372, "A word sees the picture (▣) and the words before it, never what comes later. So what is earlier does not change "
-               "when something is appended.", "s")  # fmt: skip
+    below = "A word sees the picture (▣) and the words before it. So nothing earlier changes when something is appended."
+    sheet.text(20, 372, below, "s")
     return sheet
 
 
@@ -155,7 +159,7 @@ def rope():
     """A position is a turn."""
     E, positions = 8, 9
     cos, sin = (part.reshape(-1, E) for part in llama.rope_angles(torch.arange(positions)[None], E, 100.0))
-    sheet = Sheet(1000, 400, "RoPE: each pair of dimensions turns with the position, the first pairs fast, the last slowly.")
+    sheet = Sheet(1000, 400, "RoPE: each pair of dimensions turns with the position, the last slowly.")
     sheet.text(20, 34, "RoPE: a position is a turn", "b")
     for i in range(E // 2):
         y = 92 + 62 * i
@@ -167,10 +171,13 @@ def rope():
             sheet.add(f'<path d="M{x} {y}L{end[0]:.1f} {end[1]:.1f}" class="line" style="stroke-width:3"/>')
             if i == 0:
                 sheet.text(x, 58, f"m = {m}", "s", "middle")
-    sheet.text(20, 340, "Pair i turns by m · θ^(−2i/E): the first pair fast, the last so slowly that far places still differ.", "s")
-    sheet.text(20, 362, "Queries and keys are both turned; their product knows only the difference of the two turns, that is the "
-               "distance.", "s")  # fmt: skip
-    sheet.text(20, 384, "“Half-split”: dimension i goes with i + E/2, as the published weights want it. (Here E = 8 and θ = 100.)", "s")
+    below = (
+        "Pair i turns by m · θ^(−2i/E): the first pair fast, the last so slowly that far places still differ.",
+        "Queries and keys are both turned; their product knows only the difference of the two turns: the distance.",
+        "“Half-split”: dimension i goes with i + E/2, as the published weights want it. (Here E = 8 and θ = 100.)",
+    )
+    for i, line in enumerate(below):
+        sheet.text(20, 340 + 22 * i, line, "s")
     return sheet
 
 
@@ -194,8 +201,10 @@ def cache(T=6, n=5):
     sheet.rect(20, 346, 18, 18, "on", 3)
     sheet.text(46, 360, "goes through all blocks", "s")
     sheet.rect(230, 346, 18, 18, "kept", 3)
-    sheet.text(256, 360, "its keys and values are read from the cache: 2 · blocks · key-value heads · width of a head, for each position", "s")
-    sheet.text(20, 386, "It works because of the mask: what is earlier never sees what comes later, and so never changes.", "s")
+    read = "its keys and values come from the cache: 2 · blocks · key-value heads · width of a head for each position"
+    sheet.text(256, 360, read, "s")
+    below = "It works because of the mask: what is earlier never sees what comes later, and so never changes."
+    sheet.text(20, 386, below, "s")
     return sheet
 
 
@@ -204,16 +213,21 @@ def stages():
     sheet = Sheet(1000, 400, "Stage one trains the projector alone; stage two trains projector and language model.")
     sheet.text(20, 34, "Two stages of training", "b")
     texts = (
-        ("Stage 1: line them up", "pictures and their captions", "the voice learns nothing; the bridge learns where words are"),
+        ("Stage 1: line them up", "pictures and their captions", "the bridge learns where the voice has its words"),
         ("Stage 2: learn to answer", "questions, answers, conversations about pictures", "bridge and voice together"),
     )
     for i, (title, data, what) in enumerate(texts):
         y = 62 + 162 * i
         sheet.text(20, y + 14, title, "t")
         sheet.text(240, y + 14, data, "s")
-        for x, width, kind, name, trained in ((20, 300, "eye", "vision tower", False), (370, 190, "bridge", "projector", True),
-                                              (610, 370, "voice", "language model", i == 1)):  # fmt: skip
-            sheet.box(x, y + 26, width, 74, kind, name, "learns" if trained else "frozen: its numbers stay", right="●" if trained else "○")
+        parts = (
+            (20, 300, "eye", "vision tower", False),
+            (370, 190, "bridge", "projector", True),
+            (610, 370, "voice", "language model", i == 1),
+        )
+        for x, width, kind, name, learns in parts:
+            does = "learns" if learns else "frozen: its numbers stay"
+            sheet.box(x, y + 26, width, 74, kind, name, does, right="●" if learns else "○")
         sheet.arrow((322, y + 63), (366, y + 63))
         sheet.arrow((562, y + 63), (606, y + 63))
         sheet.text(20, y + 122, what, "s")

@@ -63,7 +63,7 @@ class Sheet:
     def scene(self, x, y, size, part=(0, 0, 1, 1)):
         """tiny's scene, or a part of it: left, top, width, height as fractions."""
         left, top, width, height = part
-        inner = f'<use href="#scene" width="1" height="1"/>'
+        inner = '<use href="#scene" width="1" height="1"/>'
         self.add(f'<svg x="{x:g}" y="{y:g}" width="{size:g}" height="{size * height / width:g}" '
                  f'viewBox="{left:g} {top:g} {width:g} {height:g}">{inner}</svg>')  # fmt: skip
 
@@ -72,10 +72,12 @@ class Sheet:
         body = "\n".join(self.parts)
         scene = ""
         if "#scene" in body:
-            scene = f'<symbol id="scene" viewBox="0 0 1 1"><image width="1" height="1" href="data:image/png;base64,{picture}"/></symbol>'
+            image = f'<image width="1" height="1" href="data:image/png;base64,{picture}"/>'
+            scene = f'<symbol id="scene" viewBox="0 0 1 1">{image}</symbol>'
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
             f'width="{self.width}" height="{self.height}" role="img" aria-label="{html.escape(self.says)}">\n'
-            f'<style>{STYLE}</style>\n<defs>{scene}<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-            f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" class="tip"/></marker></defs>\n{body}\n</svg>\n'
+            f'<style>{STYLE}</style>\n<defs>{scene}<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" '
+            f'markerWidth="7" markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" class="tip"/></marker></defs>\n'
+            f"{body}\n</svg>\n"
         )

@@ -169,7 +169,7 @@ def of_numbers(got, expected):
     if not isinstance(got, numbers.Real) or isinstance(got, bool):
         return f"it is {kind(got)}, and should be {kind(expected)}"
     near = isinstance(expected, float) and math.isfinite(expected) and math.isfinite(got)
-    if got == expected or near and abs(got - expected) <= 1e-4 * max(1.0, abs(expected)):
+    if got == expected or (near and abs(got - expected) <= 1e-4 * max(1.0, abs(expected))):
         return None
     if math.isnan(got):
         return "it is nan, not a number"
