@@ -150,7 +150,7 @@ def attention():
     sheet.text(870, top + 120, "weights sums to 1:", "s")
     sheet.text(870, top + 138, "a weighted mean", "s")
     sheet.text(870, top + 156, "of the values", "s")
-    below = "A word sees the picture (▣) and the words before it. So nothing earlier changes when something is appended."
+    below = "A word sees the picture (▣) and the words before it. Nothing earlier changes when something is appended."
     sheet.text(20, 372, below, "s")
     return sheet
 

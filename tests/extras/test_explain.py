@@ -4,6 +4,7 @@ and the page works in a browser, by mouse, keyboard and voice.
 
 import base64
 import html
+import itertools
 import json
 import re
 import shutil
@@ -357,7 +358,7 @@ def test_the_kept_page_is_the_current_one(main, tmp_path):
 def test_shares_are_those_of_the_view(main, tmp_path, tiny):
     """Each layer and each head has its own."""
     model, processor = tiny
-    run, _, data = pages(main, tmp_path, "--model", "tiny", "--image", SCENE, "--max-new-tokens", 6)
+    _run, _, data = pages(main, tmp_path, "--model", "tiny", "--image", SCENE, "--max-new-tokens", 6)
     inputs = processor.chat([("user", "Describe the image.")], [str(SCENE)])
     said = model.generate(**inputs, max_new_tokens=6)
     whole = torch.cat([inputs["input_ids"], said[:, :-1]], 1)
@@ -576,7 +577,8 @@ def test_all_heads_at_once(visit, page_file):
     tab = visit(page_file, viewport={"width": 1060, "height": 1400})
     assert tab.locator("#heads .head").count() == 16
     names = tab.eval_on_selector_all("#heads .head", "all => all.map(e => e.getAttribute('aria-label'))")
-    assert [name.split(":")[0] for name in names] == [f"layer {i + 1}, head {j + 1}" for i in range(4) for j in range(4)]
+    heads = [f"layer {i + 1}, head {j + 1}" for i in range(4) for j in range(4)]
+    assert [name.split(":")[0] for name in names] == heads
     share = shares_of(data)[views.index((2, 1)), data["opens"]].item()
     assert re.search(rf": {100 * share:.1f}% on the picture".replace("100.0%", r"100(\.0)?%"), names[9])
     painted = """all => all.map(canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
@@ -612,7 +614,7 @@ def test_the_picture_can_be_seen_plain(visit, page_file):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_picture_stays_readable(visit, page_file, tmp_path, scheme):
-    """Where nothing was read it is grey, the things still stand out from the ground, and it is the same in both themes."""
+    """Where nothing was read it is grey, the things still stand out, and it is the same in both themes."""
     tab = visit(page_file, viewport={"width": 1060, "height": 860}, color_scheme=scheme)
     tab.locator(".photo").screenshot(path=tmp_path / "photo.png")
     shot = Image.open(tmp_path / "photo.png").convert("RGB")
@@ -727,10 +729,9 @@ def test_words_are_set_as_text(visit, page_file):
     tab = visit(page_file, viewport={"width": 1060, "height": 860})
     text = tab.evaluate("document.getElementById('answer').textContent")
     assert text == "".join(word["text"] for word in data["words"]).strip()
-    edges = tab.eval_on_selector_all(
-        "#answer button", "all => all.map(e => e.getBoundingClientRect()).map(b => [b.left, b.right, Math.round(b.top)])"
-    )
-    gaps = [round(b[0] - a[1], 1) for a, b in zip(edges, edges[1:], strict=False) if a[2] == b[2]]
+    edges = "all => all.map(e => e.getBoundingClientRect()).map(b => [b.left, b.right, Math.round(b.top)])"
+    edges = tab.eval_on_selector_all("#answer button", edges)
+    gaps = [round(b[0] - a[1], 1) for a, b in itertools.pairwise(edges) if a[2] == b[2]]
     comma = next(i for i, word in enumerate(data["words"]) if word["text"] == ",")
     assert abs(edges[comma][0] - edges[comma - 1][1]) < 0.5 and max(gaps) < 12
     lines = {}
@@ -762,7 +763,9 @@ def test_what_a_screen_reader_is_told(visit, page_file):
     tree = tab.locator("body").aria_snapshot()
     for part in (
         'button "Next →"', 'toolbar "The answer, token by token"', "status:", 'table "What else it could have said',
-        'combobox "Layer"', 'button "Plain picture"', 'button "layer 1, head 1: ', 'application "The picture: arrow keys', 'rowheader "vision.0"', 'img "The picture; most looked at:', 'heading "How to read this',
+        'combobox "Layer"', 'button "Plain picture"',
+        'button "layer 1, head 1: ', 'application "The picture: arrow keys',
+        'rowheader "vision.0"', 'img "The picture; most looked at:', 'heading "How to read this',
     ):  # fmt: skip
         assert part in tree, tree
     assert tab.get_attribute("html", "lang") == "en" and tab.title().startswith("Where it looked")
