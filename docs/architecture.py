@@ -77,11 +77,11 @@ def readable(n):
     return f"{n / 1e3:.0f} thousand"
 
 
-def inside(sheet, x, kind, title, first, second, attention, mlp):
+def inside(sheet, x, kind, title, norm, attention, mlp):
     """What a block consists of: twice a norm, a part, and a sum with what went in."""
     sheet.text(x, 74, title, "t")
     sheet.rect(x, 84, 236, 250, "none", 8)
-    for i, (norm, part, lines) in enumerate(((first, "attention", attention), (second, "MLP", mlp))):
+    for i, (part, lines) in enumerate((("attention", attention), ("MLP", mlp))):
         y = 96 + 118 * i
         sheet.rect(x + 44, y, 150, 24, kind, 5)
         sheet.text(x + 119, y + 17, norm, "s", "middle")
@@ -106,8 +106,8 @@ def drawing():
     blocks = [(len(m.vision.blocks) - 1, len(m.vision.blocks), len(m.llama.blocks)) for m in models]
     sizes = {key: f"{small[key]} · {large[key]}".replace("(1, ", "(") for key in small}
     prompt, answer = ends()
-    sheet = Sheet(1000, 950, "A picture goes through vision tower and projector, a prompt through the embedding; merged, both "
-                  "go through Llama to the next token, which goes into Llama again.")  # fmt: skip
+    says = "A picture goes through vision tower and projector, a prompt through the embedding; merged, both go through "
+    sheet = Sheet(1000, 950, says + "Llama to the next token, which goes into Llama again.")
     sheet.text(20, 34, "LLaVA-1.5: how a picture becomes words", "b")
     sheet.text(980, 34, "shapes: tiny · 7B", "s", "end")
     sheet.scene(20, 56, 100)
@@ -121,13 +121,14 @@ def drawing():
         sheet.box(20, 170 + 94 * i, 400, 74, kind, title, what, sizes[key])
         sheet.arrow((220, 150 + 94 * i - 8 * (i == 0)), (220, 168 + 94 * i))
     sheet.arrow((122, 102), (148, 102))
-    inside(sheet, 480, "eye", "inside a ViT block", "LayerNorm", "LayerNorm", "every patch sees every patch", "quick GELU")
-    inside(sheet, 744, "voice", "inside a Llama block", "RMSNorm", "RMSNorm", "RoPE, mask, shared K and V", "SwiGLU")
+    inside(sheet, 480, "eye", "inside a ViT block", "LayerNorm", "every patch sees every patch", "quick GELU")
+    inside(sheet, 744, "voice", "inside a Llama block", "RMSNorm", "RoPE, mask, shared K and V", "SwiGLU")
     sheet.text(480, 372, "the prompt", "s")
     sheet.rect(480, 380, 500, 34, "none", 6)
     sheet.text(492, 402, prompt, "m")
     sheet.arrow((730, 414), (730, 450))
-    sheet.box(480, 452, 500, 74, "voice", "tokenizer, embed", f"a prompt of {WORDS} tokens beside the picture", sizes["text"])
+    words = f"a prompt of {WORDS} tokens beside the picture"
+    sheet.box(480, 452, 500, 74, "voice", "tokenizer, embed", words, sizes["text"])
     sheet.box(200, 566, 520, 64, "bridge", "merge: patches where <image> stood", sizes["merge"])
     sheet.arrow((220, 526), (300, 564))
     sheet.arrow((730, 526), (640, 564))
@@ -146,8 +147,12 @@ def drawing():
     sheet.arrow((460, 814), (460, 844))
     sheet.rect(200, 846, 780, 34, "none", 6)
     sheet.text(212, 868, answer if len(answer) < 86 else answer[:84].rsplit(" ", 1)[0] + " …", "m")
-    for i, (name, kind, file) in enumerate((("vision tower", "eye", "vision.py"), ("projector and merge", "bridge", "llava.py"),
-                                            ("language model", "voice", "llama.py"))):  # fmt: skip
+    files = (
+        ("vision tower", "eye", "vision.py"),
+        ("projector and merge", "bridge", "llava.py"),
+        ("language model", "voice", "llama.py"),
+    )
+    for i, (name, kind, file) in enumerate(files):
         x = 20 + 325 * i
         sheet.rect(x, 902, 18, 18, kind, 3)
         sheet.text(x + 28, 916, f"{name}, {file}", "t")

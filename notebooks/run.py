@@ -27,7 +27,7 @@ from nbclient.exceptions import CellExecutionError
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 DUMP = "tests/parity.py --dtype float32 --no-gradients --dump docs/tiny_stages.safetensors"  # as docs/porting.md has it
-LARGEST = 700_000  # bytes of a notebook, with figures of 150 dpi
+LARGEST = 400_000  # bytes of a notebook, with figures of 150 dpi
 SECONDS = 300  # of computing that a notebook may take on any machine; waiting for other programs does not count
 
 
