@@ -172,7 +172,7 @@ def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
 
 
 def heat(ax, image, values, boxes, title="", limit=None):
-    """Lay one value for each patch (P,) over the picture: below 0 blue, above it red, and 0 leaves it as it is.
+    """Lay one value for each patch (P,) over the picture: above 0 magenta, below it cyan, and 0 leaves it as it is.
 
     boxes: from patch_boxes. limit: the value that has full colour; without one, the largest there is, however small.
     """
@@ -181,7 +181,7 @@ def heat(ax, image, values, boxes, title="", limit=None):
     limit = limit or max(values.abs().max().item(), 1e-9)
     strength = (values / limit).clamp(-1, 1).view(grid, grid)
     veil = torch.zeros(grid, grid, 4)  # red, green, blue, and how much of it
-    veil[..., 0], veil[..., 2], veil[..., 3] = strength > 0, strength < 0, 0.75 * strength.abs()
+    veil[..., 0], veil[..., 1], veil[..., 2], veil[..., 3] = strength > 0, strength < 0, 1, 0.75 * strength.abs()
     (left, top), (right, bottom) = boxes[0][:2], boxes[-1][2:]
     ax.imshow(image)
     ax.imshow(veil.numpy(), extent=(left, right, bottom, top), interpolation="nearest")

@@ -340,7 +340,7 @@ def test_it_runs_and_prints_what_is_kept(file):
 @pytest.mark.parametrize(
     ("cell", "old", "new"),
     [
-        ("rng = random.Random(", "LEARN, TEST = range(600)", "LEARN, TEST = range(60)"),
+        ("worlds = [make(rng)", "LEARN, TEST = range(600)", "LEARN, TEST = range(60)"),
         ("model, heads = network()  # whenever", "model, heads", 'STAGES.pop("eye")\nmodel, heads'),
         ("def make(rng)", '("where",', '("size", "How large is it?", thing.size),\n        ("where",'),
         ("STAGES = {", '("vision", "heads"), 260', '("vision", "heads"), 10'),
