@@ -7,15 +7,15 @@ device, which has the published sizes and no numbers.
 """
 
 import argparse
-import html
-import itertools
 import sys
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+from sheet import Sheet  # noqa: E402
 
 import llama  # noqa: E402
 import llava  # noqa: E402
@@ -23,6 +23,7 @@ import vision  # noqa: E402
 from extras import lens  # noqa: E402
 
 WORDS = 12  # of a prompt beside the picture, for the shapes
+QUESTION = "Describe the image."
 
 
 def tiny():
@@ -70,10 +71,32 @@ def parts(model):
 
 
 def readable(n):
-    for unit, digits, word in ((1e9, 2, "billion"), (1e6, 1, "million")):
-        if n > unit:
+    for unit, digits, word in ((1e9, 2, "billion"), (1e6, 2, "million")):
+        if n > 0.1 * unit:
             return f"{n / unit:.{digits}f} {word}"
     return f"{n / 1e3:.0f} thousand"
+
+
+def inside(sheet, x, kind, title, norm, attention, mlp):
+    """What a block consists of: twice a norm, a part, and a sum with what went in."""
+    sheet.text(x, 74, title, "t")
+    sheet.rect(x, 84, 236, 250, "none", 8)
+    for i, (part, lines) in enumerate((("attention", attention), ("MLP", mlp))):
+        y = 96 + 118 * i
+        sheet.rect(x + 44, y, 150, 24, kind, 5)
+        sheet.text(x + 119, y + 17, norm, "s", "middle")
+        sheet.rect(x + 14, y + 34, 208, 46, kind, 5)
+        sheet.text(x + 118, y + 52, part, "t", "middle")
+        sheet.text(x + 118, y + 70, lines, "s", "middle")
+        sheet.text(x + 118, y + 100, "+ what went in", "s", "middle")
+
+
+def ends():
+    """The two ends of the road: the prompt, and what tiny answers."""
+    model, processor = llava.load("tiny", device="cpu")
+    inputs = processor.chat([("user", QUESTION)], [str(ROOT / "tiny" / "scene.png")])
+    answer = processor.decode(model.generate(**inputs, max_new_tokens=64)[0])
+    return processor.prompt(QUESTION).replace("\n", "⏎ "), answer
 
 
 def drawing():
@@ -81,63 +104,60 @@ def drawing():
     small, large = (shapes(model) for model in models)
     counts = list(zip(*(parts(model) for model in models), strict=True))
     blocks = [(len(m.vision.blocks) - 1, len(m.vision.blocks), len(m.llama.blocks)) for m in models]
-    boxes = [  # key, x, y, colour, title, what it does
-        ("picture", 30, 60, "eye", "preprocess", "scale, crop, normalise"),
-        ("embed", 30, 150, "eye", "patches + class token", "one linear layer, plus positions"),
-        ("tower", 30, 240, "eye", "ViT blocks", "{0} of {1} run · 7B: {3} of {4}".format(*blocks[0], *blocks[1])),
-        ("select", 30, 330, "eye", "no class token", "one vector for each patch"),
-        ("projector", 30, 420, "bridge", "projector", "W₂ · GELU(W₁ · x)"),
-        ("text", 400, 420, "voice", "tokenizer, embed", f"the prompt, here {WORDS} tokens"),
-        ("merge", 215, 520, "bridge", "merge", "patches where <image> stood"),
-        ("llama", 215, 610, "voice", "Llama blocks, norm", f"{blocks[0][2]} · 7B: {blocks[1][2]}"),
-        ("logits", 215, 700, "voice", "head, sample", "the last position → the next token"),
-    ]
-    width, height, names = 340, 58, {"eye": "vision.py", "bridge": "llava.py", "voice": "llama.py"}
-    out = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 770 800" role="img" aria-label="A picture goes through '
-        "vision tower and projector, a prompt through the embedding; "
-        'merged, both go through Llama to the next token.">',
-        "<style>text{font:13px system-ui,sans-serif;fill:#222}.t{font-weight:600}.s{font-size:11px;fill:#444}"
-        ".eye{fill:#dbe9f6}.bridge{fill:#fbe3d2}.voice{fill:#e0efdc}rect{stroke:#777}"
-        "path{stroke:#555;fill:none;marker-end:url(#a)}</style>",
-        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L8 4L0 8z" style="fill:#555;stroke:none"/></marker></defs>',
-        '<rect x="0" y="0" width="770" height="800" style="fill:#fff;stroke:none"/>',
-        '<text x="30" y="30" class="t">LLaVA-1.5: how a picture becomes words</text>'
-        '<text x="30" y="47" class="s">shapes: tiny, then the 7B; colours: which file</text>',
-    ]
-    cached = f"{small['cache']} · {large['cache']}".replace("(1, ", "(")
-    at = {}
-    for key, x, y, colour, title, what in boxes:
-        at[key] = x + width / 2, y, y + height
-        sizes = f"{small[key]} · {large[key]}".replace("(1, ", "(")
-        out.append(
-            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" class="{colour}"/>'
-            f'<text x="{x + 10}" y="{y + 18}" class="t">{html.escape(title)}</text>'
-            f'<text x="{x + width - 10}" y="{y + 18}" class="s" text-anchor="end">{names[colour]}</text>'
-            f'<text x="{x + 10}" y="{y + 34}" class="s">{html.escape(what)}</text>'
-            f'<text x="{x + 10}" y="{y + 50}" class="s">{sizes}</text>'
-        )
-    road = ("picture", "embed", "tower", "select", "projector", "merge", "llama", "logits")
-    for a, b in [*itertools.pairwise(road), ("text", "merge")]:
-        out.append(f'<path d="M{at[a][0]:g} {at[a][2]}L{at[b][0] + (at[a][0] - at[b][0]) / 4:g} {at[b][1]}"/>')
-    out += [  # what happens for each further token
-        '<path d="M555 729H640V639H557" stroke-dasharray="4 3"/>',
-        '<text x="650" y="676" class="s">its embedding,</text><text x="650" y="690" class="s">one at a time</text>',
-        '<rect x="12" y="610" width="170" height="58" rx="6" class="voice"/>',
-        '<text x="22" y="628" class="t">KV cache</text>',
-        '<text x="22" y="644" class="s">keys and values, each block</text>',
-        f'<text x="22" y="660" class="s">{cached}</text>',
-        '<path d="M213 632H184"/><path d="M182 646H213"/>',
-    ]
-    for i, (name, colour) in enumerate((("eye", "eye"), ("bridge", "bridge"), ("voice", "voice"))):
-        y = 90 + 60 * i
-        out.append(
-            f'<rect x="420" y="{y}" width="16" height="16" class="{colour}"/>'
-            f'<text x="446" y="{y + 13}" class="t">the {name}, {names[colour]}</text>'
-            f'<text x="446" y="{y + 30}" class="s">{counts[i][0]} parameters · 7B: {counts[i][1]}</text>'
-        )
-    return "\n".join([*out, "</svg>\n"])
+    sizes = {key: f"{small[key]} · {large[key]}".replace("(1, ", "(") for key in small}
+    prompt, answer = ends()
+    says = "A picture goes through vision tower and projector, a prompt through the embedding; merged, both go through "
+    sheet = Sheet(1000, 950, says + "Llama to the next token, which goes into Llama again.")
+    sheet.text(20, 34, "LLaVA-1.5: how a picture becomes words", "b")
+    sheet.text(980, 34, "shapes: tiny · 7B", "s", "end")
+    sheet.scene(20, 56, 100)
+    sheet.box(150, 62, 270, 80, "eye", "preprocess", "scale, crop, normalise", sizes["picture"])
+    tower = "{} of {} run · 7B: {} of {}".format(*blocks[0][:2], *blocks[1][:2])
+    column = (("patches, class token", "one linear layer, plus positions", "embed"), ("ViT blocks", tower, "tower"),
+              ("leave the class token out", "one vector for each patch is left", "select"),
+              ("projector", "W₂ · GELU(W₁ · x)", "projector"))  # fmt: skip
+    for i, (title, what, key) in enumerate(column):
+        kind = "bridge" if key == "projector" else "eye"
+        sheet.box(20, 170 + 94 * i, 400, 74, kind, title, what, sizes[key])
+        sheet.arrow((220, 150 + 94 * i - 8 * (i == 0)), (220, 168 + 94 * i))
+    sheet.arrow((122, 102), (148, 102))
+    inside(sheet, 480, "eye", "inside a ViT block", "LayerNorm", "every patch sees every patch", "quick GELU")
+    inside(sheet, 744, "voice", "inside a Llama block", "RMSNorm", "RoPE, mask, shared K and V", "SwiGLU")
+    sheet.text(480, 372, "the prompt", "s")
+    sheet.rect(480, 380, 500, 34, "none", 6)
+    sheet.text(492, 402, prompt, "m")
+    sheet.arrow((730, 414), (730, 450))
+    words = f"a prompt of {WORDS} tokens beside the picture"
+    sheet.box(480, 452, 500, 74, "voice", "tokenizer, embed", words, sizes["text"])
+    sheet.box(200, 566, 520, 64, "bridge", "merge: patches where <image> stood", sizes["merge"])
+    sheet.arrow((220, 526), (300, 564))
+    sheet.arrow((730, 526), (640, 564))
+    sheet.arrow((460, 630), (460, 656))
+    layers = f"{blocks[0][2]} · 7B: {blocks[1][2]}"
+    sheet.box(200, 658, 520, 64, "voice", "Llama blocks, norm", f"{layers} blocks, {sizes['llama']}")
+    sheet.arrow((460, 722), (460, 748))
+    sheet.box(200, 750, 520, 64, "voice", "head, sample", f"the last position → the next token, {sizes['logits']}")
+    sheet.box(770, 640, 210, 92, "cache", "KV cache", "keys and values, each block", sizes["cache"].split(" · ")[0],
+              sizes["cache"].split(" · ")[1])  # fmt: skip
+    sheet.arrow((722, 678), (768, 678))
+    sheet.arrow((768, 702), (722, 702))
+    sheet.arrow((200, 782), (100, 782), (100, 690), (198, 690), dashed=True)
+    for i, words in enumerate(("once more, for each", "new token: its embed-", "ding, one position")):
+        sheet.text(20, 804 + 18 * i, words, "s")
+    sheet.arrow((460, 814), (460, 844))
+    sheet.rect(200, 846, 780, 34, "none", 6)
+    sheet.text(212, 868, answer if len(answer) < 86 else answer[:84].rsplit(" ", 1)[0] + " …", "m")
+    files = (
+        ("vision tower", "eye", "vision.py"),
+        ("projector and merge", "bridge", "llava.py"),
+        ("language model", "voice", "llama.py"),
+    )
+    for i, (name, kind, file) in enumerate(files):
+        x = 20 + 325 * i
+        sheet.rect(x, 902, 18, 18, kind, 3)
+        sheet.text(x + 28, 916, f"{name}, {file}", "t")
+        sheet.text(x + 28, 936, f"{counts[i][0]} parameters · 7B: {counts[i][1]}", "s")
+    return sheet.written()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ weights written down. So no picture is encoded twice, and no more is held than t
 
     letter   meaning
     N, P     pictures, patches of a picture
+    Q        patches of all pictures, one after the other
     R        the words that are read again: the question's, then the answer's
     L, A     blocks of the decoder, heads of a block
 """
@@ -26,16 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import ImageStat
 
 from extras import lens
 
 TEMPLATE = Path(__file__).with_name("explain.html")
 LEVELS = 15  # of light that a patch can have on the page, above none
-ROOM = 4_000_000  # patches that the page's views may hold in all, before they are compressed
+ROOM = 4_000_000  # patches that the page's fine views may hold in all, before they are compressed; as many the coarse
+COARSE = 8  # cells along a side of a picture, at most, where there is no room for all patches
 WIDEST = 800  # pixels of a picture on the page
 ALTERNATIVES = 5
-DARK = 85  # below this mean brightness, of 255, a picture is veiled in white
 
 
 def check(options):
@@ -179,24 +179,53 @@ def attention_on_pictures(model, ids, kv_cache, said):
     return weights, ids.shape[1] - first
 
 
-def views(weights, question):
-    """What the page can show: yields (layer or None, head or None, sinks left in?, (words of the answer, N * P)).
+def views(weights, question, cells):
+    """What the page can show: yields (layer or None, head or None, sinks left in?, coarse?, view, shares).
 
-    All of it averaged; the same with its sinks; each layer averaged; then as many heads of each layer as there is room
-    for, those first that look at the pictures most.
+    view: how much each of the answer's W words looked where, (W, Q), or (W, cells) if it is coarse. shares: how much of
+    a word's attention went to pictures at all, in this view, (W,); the sinks are counted there.
+
+    All of it averaged; the same with its sinks; each layer averaged; then every head. As many heads of each layer as
+    there is room for, those first that look at the pictures most, are shown patch by patch, the others in cells.
     """
-    L, _, R, columns = weights.shape
+    L, _, R, Q = weights.shape
     answer = slice(question - 1, R)
-    mean = weights.mean((0, 1))
-    yield None, None, False, lens.without_sinks(mean)[answer]
-    yield None, None, True, mean[answer]
+
+    def view(layer, head, part, sinks=False, coarse=False):
+        shown = part if sinks else lens.without_sinks(part)
+        shown = pooled(shown[answer], cells) if coarse else shown[answer]
+        return layer, head, sinks, coarse, shown, part[answer].sum(-1)
+
+    yield view(None, None, weights.mean((0, 1)))
+    yield view(None, None, weights.mean((0, 1)), sinks=True)
     for layer in range(L):
-        yield layer, None, False, lens.without_sinks(weights[layer].mean(0))[answer]
-    room = ROOM // ((R - question + 1) * columns * L) - 1
+        yield view(layer, None, weights[layer].mean(0))
+    room = ROOM // ((R - question + 1) * Q * L) - 1
     for layer in range(L):
-        most = weights[layer].sum((1, 2)).argsort(descending=True)[: max(1, room)]
-        for head in sorted(most.tolist()):
-            yield layer, head, False, lens.without_sinks(weights[layer, head])[answer]
+        fine = weights[layer].sum((1, 2)).argsort(descending=True)[: max(1, room)].tolist()
+        for head, part in enumerate(weights[layer]):
+            yield view(layer, head, part, coarse=head not in fine)
+
+
+def pooled(view, cells):
+    """Patch by patch (W, Q) → the mean of each cell (W, cells). cells: the cell of each patch (Q,)."""
+    sums = torch.zeros(len(view), int(cells.max()) + 1).index_add_(1, cells, view)
+    return sums / cells.bincount()
+
+
+def cells_of(pictures, views):
+    """The cell of each patch (Q,): neighbours of a picture together, few enough for `views` views to have room."""
+    finest = max(-(-side // COARSE) for picture in pictures for side in (picture["rows"], picture["columns"]))
+    for size in range(finest, finest + 1000):
+        found, count = [], 0
+        for picture in pictures:
+            wide = -(-picture["columns"] // size)
+            for i in range(len(picture["patches"])):
+                row, column = divmod(i, picture["columns"])
+                found.append(count + row // size * wide + column // size)
+            count += -(-picture["rows"] // size) * wide
+        if count * views <= ROOM or count == len(pictures):
+            return torch.tensor(found)
 
 
 def levels(view):
@@ -209,26 +238,53 @@ def levels(view):
 
 
 def page(model, processor, options, images, record, said):
-    """The page as a string, with everything in it: the template's marks are replaced, and nothing is fetched."""
-    data = {"words": words(processor, record, said), "levels": LEVELS, "views": [], "maps": "", "pictures": []}
+    """The page as a string, with everything in it: nothing is fetched."""
+    data = {"words": words(processor, record, said), "pictures": [], "views": [], "maps": ""}
     if images:
         weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said)
-        shown = list(views(weights, question))
-        data["views"] = [[layer, head, sinks] for layer, head, sinks, _ in shown]
-        data["maps"] = encoded(zlib.compress(b"".join(levels(view) for *_, view in shown), 9))
-        data["pictures"] = [picture(image, model, processor, options) for image in images]
-        share = weights[:, :, question - 1 :].sum(-1).mean((0, 1))
-        for word, part in zip(data["words"], share.tolist(), strict=True):
-            word["share"] = round(part, 4)
-    marks = {
-        "title": "Where it looked",
-        "model": options.model,
-        "question": options.prompt,
-        "answer": processor.decode(said),
-        "stages": "\n".join(f"<tr><th scope=row>{'<td>'.join(map(html.escape, row))}" for row in lines(record)),
+        data |= looks(weights, question, [picture(image, model, processor, options) for image in images])
+    data["opens"] = opening(data["words"], data.pop("peaks", None))
+    title = "Where it looked" if images else "How it answered"
+    return filled(data, title, options.model, options.prompt, processor.decode(said), lines(record))
+
+
+def looks(weights, question, pictures):
+    """What the page's script draws the pictures from.
+
+    weights (L, A, R, Q), question: from attention_on_pictures. pictures: one for each set of patches, in the order of
+    the columns of weights; several may lie on one image, as the tiles of a picture do. Each is a dict: `src`, `width`,
+    `height` (of the image, in pixels), `patches` (a list of left, top, right, bottom in the image's pixels, row by
+    row), `rows`, `columns` (how they stand), `name` (of the set, may be empty).
+    """
+    cells = cells_of(pictures, weights.shape[0] * weights.shape[1] * (weights.shape[2] - question + 1))
+    shown = list(views(weights, question, cells))
+    shares = torch.stack([shares for *_, shares in shown])
+    return {
+        "pictures": pictures,
+        "levels": LEVELS,
+        "cells": cells.tolist(),
+        "heads": weights.shape[1],
+        "views": [[layer, head, sinks, coarse] for layer, head, sinks, coarse, *_ in shown],
+        "maps": encoded(zlib.compress(b"".join(levels(view) for *_, view, _ in shown), 9)),
+        "shares": encoded(zlib.compress((1000 * shares).round().numpy().astype("<u2").tobytes(), 9)),
+        "peaks": shown[0][4].amax(-1),
+    }
+
+
+def opening(words, peaks):
+    """The token that the page opens at: whose light is the most concentrated; without a picture the least certain."""
+    scores = [-word["p"] for word in words] if peaks is None else peaks.tolist()
+    names = [i for i, word in enumerate(words) if not word["end"] and any(map(str.isalnum, word["text"]))]
+    return max(names or range(len(words)), key=lambda i: scores[i])
+
+
+def filled(data, title, model, question, answer, rows):
+    """The template with its marks replaced."""
+    marks = {"title": title, "model": model, "question": question, "answer": answer}
+    marks = {mark: html.escape(text) for mark, text in marks.items()} | {
+        "stages": "\n".join(f"<tr><th scope=row>{'<td>'.join(map(html.escape, row))}" for row in rows),
         "data": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    marks |= {mark: html.escape(marks[mark]) for mark in ("title", "model", "question", "answer")}
     # in one pass: what is put in is not looked at again, whatever a question or an answer holds
     return re.sub(r"%%(\w+)%%", lambda found: marks[found[1]], TEMPLATE.read_text(encoding="utf-8"))
 
@@ -259,23 +315,23 @@ def written(processor, token):
 
 
 def picture(image, model, processor, options):
-    """A picture for the page: small enough, and the part of it that the model saw, in fractions of its sides."""
-    boxes = lens.patch_boxes(*image.size, model.vision.grid, processor.preprocess_config, options.pad)
-    left, top, right, bottom = (*boxes[0][:2], *boxes[-1][2:])
+    """A picture for the page, as `looks` wants it: small enough, and the rectangle of it that each patch covers."""
     small = image.copy()
     small.thumbnail((WIDEST, WIDEST))
     plain = io.BytesIO(), io.BytesIO()
     small.save(plain[0], "PNG", optimize=True)
     small.save(plain[1], "JPEG", quality=80)
     kind, file = min(zip(("png", "jpeg"), plain, strict=True), key=lambda pair: len(pair[1].getvalue()))
-    seen = [left / image.width, top / image.height, right / image.width, bottom / image.height]
+    grid = model.vision.grid
+    boxes = lens.patch_boxes(*image.size, grid, processor.preprocess_config, options.pad)
     return {
+        "name": "",
         "src": f"data:image/{kind};base64,{encoded(file.getvalue())}",
         "width": image.width,
         "height": image.height,
-        "seen": [round(float(edge), 6) for edge in seen],
-        "grid": model.vision.grid,
-        "veil": "#000" if ImageStat.Stat(small.convert("L")).mean[0] > DARK else "#fff",
+        "rows": grid,
+        "columns": grid,
+        "patches": boxes.round(2).tolist(),
     }
 
 

@@ -172,14 +172,18 @@ def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
 
 
 def heat(ax, image, values, boxes, title="", limit=None):
-    """Lay one value for each patch (P,) over the picture. boxes: from patch_boxes. Below 0 is blue, above it red."""
+    """Lay one value for each patch (P,) over the picture: above 0 magenta, below it cyan, and 0 leaves it as it is.
+
+    boxes: from patch_boxes. limit: the value that has full colour; without one, the largest there is, however small.
+    """
     values = torch.as_tensor(values).float().cpu()
     grid = round(len(values) ** 0.5)
     limit = limit or max(values.abs().max().item(), 1e-9)
-    ax.imshow(image.convert("L"), cmap="gray", vmin=-200, vmax=300)
+    strength = (values / limit).clamp(-1, 1).view(grid, grid)
+    veil = torch.zeros(grid, grid, 4)  # red, green, blue, and how much of it
+    veil[..., 0], veil[..., 1], veil[..., 2], veil[..., 3] = strength > 0, strength < 0, 1, 0.75 * strength.abs()
     (left, top), (right, bottom) = boxes[0][:2], boxes[-1][2:]
-    ax.imshow(
-        values.view(grid, grid), extent=(left, right, bottom, top), cmap="RdBu_r", vmin=-limit, vmax=limit, alpha=0.6
-    )
+    ax.imshow(image)
+    ax.imshow(veil.numpy(), extent=(left, right, bottom, top), interpolation="nearest")
     ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
     ax.set_title(title, fontsize=9)

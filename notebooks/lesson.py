@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import matplotlib
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,8 +17,18 @@ sys.path[:0] = [
     str(ROOT / folder) for folder in (".", "tiny", "tests", "notebooks") if str(ROOT / folder) not in sys.path
 ]
 
+from checking import check, difference  # noqa: E402, F401 (the notebooks take them from here)
+
+
+def found(path):
+    """A path as it was meant: from the project's root, if it is not to be found from here."""
+    return str(path if os.path.exists(path) or not (ROOT / path).exists() else ROOT / path)
+
+
 NAME = os.environ.get("LLAVA_WEIGHTS", "tiny")  # what the notebooks load: tiny, a folder, or a Hub id
-PHOTO = os.environ.get("LLAVA_PHOTO", str(ROOT / "tiny" / "scene.png"))
+NAME = found(NAME) if os.sep in NAME else NAME
+PHOTO = found(os.environ.get("LLAVA_PHOTO", str(ROOT / "tiny" / "scene.png")))
+matplotlib.rcParams["figure.dpi"] = 150  # legible on a projector
 if NAME == "tiny":
     torch.set_num_threads(1)  # so small that threads would only wait for one another; and the same digits each time
 
@@ -35,12 +46,17 @@ def place(thing, line=None):
 
 
 def show(*things):
-    """Print the source of classes and functions as it stands in the modules, each below its file and line."""
-    for thing in things:
-        print(f"# {place(thing)}")
-        print(textwrap.dedent(inspect.getsource(thing)).rstrip())
-        if thing is not things[-1]:
-            print()
+    """Print the source of classes and functions as it stands in the modules, each below its file and line.
+
+    (thing, text, …) stands for those of its lines alone that contain one of the texts.
+    """
+    for number, thing in enumerate(things):
+        thing, *texts = thing if isinstance(thing, tuple) else (thing,)
+        lines = textwrap.dedent(inspect.getsource(thing)).rstrip().splitlines()
+        kept = [i for i, line in enumerate(lines) if not texts or any(text in line for text in texts)]
+        print(("\n" if number else "") + f"# {place(thing)}")
+        for i in kept:
+            print(("    ...\n" if i and i - 1 not in kept else "") + lines[i])
 
 
 def where(concepts):
@@ -48,47 +64,3 @@ def where(concepts):
     width = max(map(len, concepts))
     for words, thing in concepts.items():
         print(f"{words:<{width}}  {place(*thing) if isinstance(thing, tuple) else place(thing)}")
-
-
-def check(yours, right, *cases, mistakes=None):
-    """Hold a solution against what is right, and say what is wrong with it.
-
-    yours, right: functions, called with each of the cases (tuples of arguments); without cases, values. An answer of
-    ... is not there yet. mistakes: {what to say: a function that makes this mistake}.
-    """
-    for case in cases or [None]:
-        try:
-            got = yours if case is None else yours(*case)
-        except Exception as error:
-            print(f"Not right: it raises {type(error).__name__}: {error}")
-            return
-        if got is ... or got is NotImplemented:
-            print("Not done yet.")
-            return
-        expected = right if case is None else right(*case)
-        if (wrong := difference(got, expected)) is not None:
-            for sentence, mistake in (mistakes or {}).items():
-                if difference(got, mistake if case is None else mistake(*case)) is None:
-                    wrong = sentence
-            print(f"Not right: {wrong}")
-            return
-    print("Right.")
-
-
-def difference(got, expected):
-    """What distinguishes two values, in words; None if nothing does."""
-    if isinstance(expected, torch.Tensor):
-        if not isinstance(got, torch.Tensor):
-            return f"it is a {type(got).__name__}, and should be a tensor"
-        if got.shape != expected.shape:
-            return f"its shape is {tuple(got.shape)}, and should be {tuple(expected.shape)}"
-        if got.dtype != expected.dtype:
-            return f"its dtype is {got.dtype}, and should be {expected.dtype}"
-        if not torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-5):
-            far = (got.double() - expected.double()).abs()
-            where = tuple(int(i) for i in torch.unravel_index(far.argmax(), far.shape))
-            return f"at {list(where)} it is {got[where].item():.4g}, and should be {expected[where].item():.4g}"
-        return None
-    if isinstance(expected, float):
-        return None if got == expected or abs(got - expected) <= 1e-4 * max(1.0, abs(expected)) else f"it is {got:.6g}"
-    return None if got == expected else f"it is {got!r}"

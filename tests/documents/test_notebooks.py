@@ -1,6 +1,11 @@
-"""The notebooks: their form, what they share, and, in the slow set, that they run and print what is kept in them."""
+"""The notebooks: their form, what they share, and, in the slow set, that they run, print what is kept in them, and tell
+whoever answers wrongly what helps.
+"""
 
 import ast
+import base64
+import io
+import linecache
 import re
 import sys
 
@@ -8,6 +13,7 @@ import nbformat
 import pytest
 import run
 import torch
+from PIL import Image
 from reference import ROOT, make_checkpoint
 
 import lesson
@@ -46,11 +52,31 @@ def test_form(file):
     assert all(
         cell.execution_count and not any(o.output_type == "error" for o in cell.outputs) for cell in code(notebook)
     )
-    assert file.stat().st_size < 300_000
+    assert file.stat().st_size < run.LARGEST
+    assert re.search(r"^After it you can: \S", opening, flags=re.M)  # the goals
+    words = next(text for text in markdown(notebook) if text.startswith("## In words"))
+    assert words.count("**a.**") == words.count("**b.**") == 1
+    assert re.search(r"<summary>Rubric.*\(1\)", words, flags=re.S)
+    for cell in code(notebook):
+        assert [line for line in cell.source.splitlines() if len(line) > 88] == [] and "dpi=" not in cell.source
+        for image in (o["data"]["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})):
+            assert resolution(base64.b64decode(image)) == 150
     everything = "\n".join(cell.source for cell in code(notebook))
     assert everything.count("assert ") >= 5 and "Predict:" in "".join(markdown(notebook))
     assert any("image/png" in o.get("data", {}) for cell in code(notebook) for o in cell.outputs)
     assert re.search("control|shuffled", "".join(cell.source for cell in code(notebook) if "subplots" in cell.source))
+
+
+def resolution(png):
+    """Dots to the inch, as matplotlib notes them in a file."""
+    return round(Image.open(io.BytesIO(png)).info["dpi"][0])
+
+
+def test_each_drawing_stands_in_a_notebook():
+    texts = "".join("".join(markdown(run.read(file))) for file in NOTEBOOKS)
+    drawings = sorted(file.name for file in (ROOT / "docs" / "drawings").glob("*.svg"))
+    assert drawings == ["attention.svg", "cache.svg", "merge.svg", "patches.svg", "rope.svg", "stages.svg"]
+    assert all(f"](../docs/drawings/{name})" in texts for name in drawings) and "](../docs/architecture.svg)" in texts
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -82,22 +108,43 @@ def test_the_modules_name_their_notebooks():
 # What they share
 
 
+X = torch.tensor([1.0, 2.0])
+
+
 @pytest.mark.parametrize(
     ("yours", "said"),
     [
         (lambda x: ..., "Not done yet."),
         (lambda x: 2 * x, "Right."),
-        (lambda x: 3 * x, "Not right: three is too many"),
-        (lambda x: 2.001 * x, "Not right: at [1] it is 4.002, and should be 4"),
-        (lambda x: (2 * x).double(), "Not right: its dtype is torch.float64, and should be torch.float32"),
+        (lambda x: 3 * x, "Not right: three is too many\n  2 of 2 numbers differ, the first at [0]: it is 3, and"),
+        (lambda x: 2.001 * x, "Not right: 2 of 2 numbers differ, the first at [0]: it is 2.001, and should be 2"),
+        (lambda x: torch.tensor([2.0, 5.0]), "1 of 2 numbers differ, the first at [1]: it is 5, and should be 4"),
+        (lambda x: 2 * x.flip(0), "it is backwards along axis 0"),
+        (lambda x: 8 * x, "(all of it is 4 times what it should be)"),
+        (lambda x: 2 * x - torch.inf, "(some of it is infinite"),
+        (lambda x: (2 * x).double(), "its dtype is torch.float64, and should be torch.float32 (its numbers are"),
         (lambda x: 2 * x[:1], "Not right: its shape is (1,), and should be (2,)"),
-        (lambda x: 7, "Not right: it is a int, and should be a tensor"),
+        (lambda x: (2 * x)[:, None], "(the numbers are right, in the right order)"),
+        (lambda x: 7, "Not right: it is a whole number, and should be a tensor of shape (2,), float32"),
+        (lambda x: None, "Not right: it returns None (is there a `return`?)"),
         (lambda x: 1 / 0, "Not right: it raises ZeroDivisionError: division by zero"),
     ],
 )
 def test_check_says_what_is_wrong(capsys, yours, said):
-    lesson.check(yours, lambda x: 2 * x, (torch.tensor([1.0, 2.0]),), mistakes={"three is too many": lambda x: 3 * x})
-    assert capsys.readouterr().out == said + "\n"
+    lesson.check(yours, lambda x: 2 * x, (X,), mistakes={"three is too many": lambda x: 3 * x})
+    printed = capsys.readouterr().out
+    assert said in printed and (said[-1] == "." or printed.endswith("  for x = [1.0, 2.0]\n"))
+
+
+def test_a_cause_is_named_only_where_it_is_the_cause(capsys):
+    """Where a solution gives the mistake's value in one case and not in the other, it has another cause."""
+    mistakes = {"squared": lambda x: x * x, "doubled": lambda x: 2 * x}
+    lesson.check(lambda x: 2 * x, lambda x: 3 * x, (2,), (5,), mistakes=mistakes)
+    lesson.check(lambda x: 4, lambda x: 3 * x, (2,), (5,), mistakes=mistakes)
+    lesson.check(lambda x: 4, lambda x: 3 * x, (2,), mistakes=mistakes)
+    first, *other = capsys.readouterr().out.split("Not right: ")[1:]
+    assert first.startswith("doubled\n") and "doubled" not in other[0] and "squared" not in other[0]
+    assert other[1].startswith("squared Or: doubled\n")  # and where two fit, both
 
 
 def test_check_of_values(capsys):
@@ -107,9 +154,68 @@ def test_check_of_values(capsys):
     lesson.check(3, 3)
     lesson.check(0.5, 0.25)
     lesson.check(float("inf"), float("inf"))
+    lesson.check(0.0, float("inf"))
+    lesson.check("a", "b", also=("a",))
     assert capsys.readouterr().out.splitlines() == [
-        "Not done yet.", "Not right: one too many", "Not right: it is 5", "Right.", "Not right: it is 0.5", "Right.",
+        "Not done yet.", "Not right: one too many", "  it is 4, which is too large",
+        "Not right: it is 5, which is too large", "Right.",
+        "Not right: it is 0.5, which is too large", "Right.", "Not right: it is 0, which is too small", "Right.",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "said"),
+    [
+        ([1, 2], (1, 2), "it is a list, and should be a tuple (what is in it is right)"),
+        (torch.tensor([1, 2]), [1, 2], "(its numbers are right: `.tolist()`)"),
+        ([torch.tensor(1), 2], [1, 2], "at [0] there is a tensor, and should be a whole number (its value is right"),
+        ([2, 3, 4], [1, 2, 3], "at [0]: it is 2, which is too large (it is shifted by one place)"),
+        ([1, 2], [1, 2, 3], "its length is 2, and should be 3 (it is right as far as it goes)"),
+        ({"a": 1}, {"a": 1, "b": 2}, "1 of 2 keys are missing, such as 'b'"),
+        ({"a": 1, "b": (3, 4)}, {"a": 1, "b": (3, 5)}, "1 of 2 entries differ; the first is 'b': the first diff"),
+        ("3", 3, "it is a string, and should be a whole number"),
+        (torch.ones(2, 3).T, torch.ones(2, 3), "(the numbers are right: `.permute(1, 0)`)"),
+        (torch.ones(4, 1), torch.ones(4, 2), "(axis 1 has one entry, where one for each of 2 is wanted)"),
+        (~torch.eye(3).bool(), torch.eye(3).bool(), "(it is exactly the other way round: True for False)"),
+    ],
+)
+def test_a_difference_in_words(got, expected, said):
+    assert said in lesson.difference(got, expected)
+
+
+def test_check_is_not_disturbed_by_what_a_solution_does(capsys):
+    """It spoils its argument: the next case, and the right function, have it as it was."""
+
+    def spoils(x):
+        x += 1
+        return 2 * (x - 1)
+
+    lesson.check(spoils, lambda x: 2 * x, (X,), (X,))
+    assert capsys.readouterr().out == "Right.\n" and X.tolist() == [1, 2]
+
+
+def test_a_message_stays_short(capsys):
+    lesson.check(lambda n: {str(i): i for i in range(n)}, lambda n: {str(i): i + 1 for i in range(n)}, (5000,))
+    lesson.check("x" * 9000, "y")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 310
+
+
+def test_the_line_of_an_error_is_shown(capsys):
+    source = "def yours(x):\n    y = x + 1\n    return y / 0\n"
+    linecache.cache["<a cell>"] = len(source), None, source.splitlines(True), "<a cell>"
+    exec(compile(source, "<a cell>", "exec"), space := {})
+    lesson.check(space["yours"], lambda x: x, (1,))
+    said = capsys.readouterr().out
+    assert "it raises ZeroDivisionError" in said and "\n  in the line: return y / 0\n" in said
+
+
+def test_a_photo_is_found_from_the_root_too(monkeypatch, tmp_path):
+    """As teaching.md has it: LLAVA_PHOTO=photo.jpg for a photo beside README, though notebooks run in their folder."""
+    monkeypatch.chdir(run.FOLDER)
+    assert lesson.found("README.md") == str(ROOT / "README.md") and lesson.found("nowhere.jpg") == "nowhere.jpg"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    assert lesson.found("README.md") == "README.md"
 
 
 def test_places_are_those_of_the_source(capsys):
@@ -122,6 +228,9 @@ def test_places_are_those_of_the_source(capsys):
         lesson.place(llava.Llava, "no such thing")
     lesson.show(llava.Projector.forward)
     assert "self.linear_2(F.gelu(self.linear_1(x)))" in capsys.readouterr().out
+    lesson.show((llava.Llava.merge, "is_image =", "masked_scatter"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.strip()[:10] for line in lines[1:]] == ["...", "is_image =", "...", "return x i"]
 
 
 def test_a_changed_output_is_found():
@@ -154,10 +263,63 @@ def small(tmp_path, solution):
     return tmp_path / "0.ipynb"
 
 
+def answers():
+    """The blocks of wrong_answers.txt: (exercise, what is said, the code)."""
+    text = (ROOT / "tests" / "wrong_answers.txt").read_text(encoding="utf-8")
+    for block in re.split(r"\n\n(?=\d\.\d )", text)[1:]:
+        head, code = block.split("\n", 1)
+        yield *head.split(" ", 1), code.strip()
+
+
+def test_wrong_answers_are_many_and_nine_of_ten_are_helped():
+    """The number of exercises, of answers to each, and of those to which check says more than where they differ."""
+    every = list(answers())
+    numbers = [number for number, *_ in every]
+    assert {*numbers} == {f"{i}.{j}" for i in range(1, 8) for j in range(1, 4)}
+    assert min(map(numbers.count, numbers)) >= 7 and len(every) >= 160
+    helped = [said for _, said, _ in every if not said.startswith("~")]
+    assert len(helped) >= 0.9 * len(every) and not any("which is too" in said or "differ" in said for said in helped)
+
+
+def test_a_handout_has_neither_outputs_nor_solutions(tmp_path):
+    folder = run.handout(tmp_path / "students")
+    files = sorted((folder / "notebooks").glob("[0-9]*.ipynb"))
+    assert len(files) == 7 and (folder / "llava.py").exists() and (folder / "tiny" / "model.safetensors").exists()
+    assert not (folder / "tests" / "wrong_answers.txt").exists()
+    for file in files:
+        notebook = nbformat.read(file, as_version=4)
+        nbformat.validate(notebook)
+        assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
+        texts = "".join(markdown(notebook))
+        assert "<details>" not in texts and "Solution" not in texts and "Rubric" not in texts and "**b.**" in texts
+        full = run.read(run.FOLDER / file.name)
+        assert [cell.source for cell in code(notebook)] == [cell.source for cell in code(full)]
+        for _, _, solution in run.exercises(full):
+            assert solution not in file.read_text()
+    assert run.differences(run.read(NOTEBOOKS[0]), run.read(NOTEBOOKS[0])) == []  # the full ones are as they were
+    with pytest.raises(ValueError, match="is there already"):
+        run.handout(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "wrong", "said"),
+    [
+        (7, [], "All 7 print what they should, and every solution is right."),
+        (1, [], "It prints what it should, and every solution is right."),
+        (7, ["a", "b"], "2 of 7 are not as they should be: a, b."),
+        (0, [], "No notebook has such a name."),
+    ],
+)
+def test_a_run_ends_with_a_verdict(number, wrong, said):
+    assert run.verdict(number, wrong) == said
+
+
 @pytest.mark.slow
 def test_a_wrong_solution_is_found(tmp_path):
-    fresh, _ = run.execute(small(tmp_path, "def twice(x):\n    return 2 * x"))
+    file = small(tmp_path, "def twice(x):\n    return 2 * x")
+    fresh, _, said = run.execute(file, [("0.1", "def twice(x):\n    return 5 * x"), ("1.1", "1 / 0")])
     assert len(fresh.cells) == 4 and run.text(fresh.cells[2]) == "Not done yet.\n"
+    assert said == ["Not right: it is 15, which is too large\n  for x = 3\n"]
     with pytest.raises(RuntimeError, match="Not right: it is 9"):
         run.execute(small(tmp_path, "def twice(x):\n    return 3 * x"))
 
@@ -165,9 +327,43 @@ def test_a_wrong_solution_is_found(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_it_runs_and_prints_what_is_kept(file):
-    fresh, seconds = run.execute(file)
+    """And each wrong answer is told what wrong_answers.txt says, in the same run."""
+    tried = [answer for answer in answers() if answer[0][0] == file.name[0]]
+    fresh, seconds, said = run.execute(file, [(number, code) for number, _, code in tried])
     assert run.differences(run.read(file), fresh) == [], "run python notebooks/run.py --write"
-    assert seconds < run.SECONDS
+    assert seconds < run.SECONDS and len(said) == len(tried) >= 21
+    for (number, wanted, code_), printed in zip(tried, said, strict=True):
+        assert printed.startswith("Not right: ") and wanted.removeprefix("~") in printed, (number, code_, printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "old", "new"),
+    [
+        ("worlds = [make(rng)", "LEARN, TEST = range(600)", "LEARN, TEST = range(60)"),
+        ("model, heads = network()  # whenever", "model, heads", 'STAGES.pop("eye")\nmodel, heads'),
+        ("def make(rng)", '("where",', '("size", "How large is it?", thing.size),\n        ("where",'),
+        ("STAGES = {", '("vision", "heads"), 260', '("vision", "heads"), 10'),
+    ],
+    ids=["fewer pictures", "no eye", "a question of your own", "hardly any eye"],
+)
+def test_change_one_thing(cell, old, new, tmp_path):
+    """What the last notebook suggests runs to its end, with few steps here, and a second time on the same kernel."""
+    notebook = run.read(NOTEBOOKS[6])
+    notebook.cells = [c for c in notebook.cells if c.cell_type == "code"]
+    changed = [c for c in notebook.cells if cell in c.source]
+    assert len(changed) == 1 and changed[0].source.count(old) == 1
+    changed[0].source = changed[0].source.replace(old, new)
+    stages = next(c for c in notebook.cells if c.source.startswith("STAGES = {"))
+    stages.source = re.sub(r"(?<=\), )\d+(?=, )", "2", stages.source)
+    last = next(i for i, c in enumerate(notebook.cells) if c.source.startswith("print(\"Where is it?\""))
+    first = notebook.cells.index(stages)
+    notebook.cells = [*notebook.cells[: last + 1], nbformat.v4.new_code_cell("kept = dict(exams)")]
+    notebook.cells += [nbformat.v4.new_code_cell(c.source) for c in notebook.cells[first : last + 1]]
+    notebook.cells.append(nbformat.v4.new_code_cell("print(exams == kept, as_written)"))
+    nbformat.write(notebook, tmp_path / "7.ipynb")
+    fresh, *_ = run.execute(tmp_path / "7.ipynb")
+    assert run.text(fresh.cells[-1]) == "True False\n"  # the second time from the beginning, too
 
 
 @pytest.mark.slow

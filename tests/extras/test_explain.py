@@ -4,6 +4,7 @@ and the page works in a browser, by mouse, keyboard and voice.
 
 import base64
 import html
+import itertools
 import json
 import re
 import shutil
@@ -47,9 +48,27 @@ def data_of(page):
 
 
 def maps_of(data):
-    """The levels of all views, (views, words, pictures * patches)."""
+    """The levels of all views, (views, words, patches of all pictures); what is coarse is spread over its patches."""
     flat = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(data["maps"]))), dtype=torch.uint8)
-    return flat.view(len(data["views"]), len(data["words"]), -1)
+    cells = torch.tensor(data["cells"])
+    wide = [int(cells.max()) + 1 if coarse else len(cells) for *_, coarse in data["views"]]
+    assert len(flat) == sum(wide) * len(data["words"])
+    parts = flat.split([width * len(data["words"]) for width in wide])
+    parts = [part.view(len(data["words"]), -1) for part in parts]
+    return torch.stack([part[:, cells] if v[3] else part for part, v in zip(parts, data["views"], strict=True)])
+
+
+def shares_of(data):
+    """What part of a word's attention went to pictures, (views, words)."""
+    flat = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(data["shares"]))), dtype=torch.int16)
+    return flat.view(len(data["views"]), len(data["words"])) / 1000
+
+
+def seen(picture):
+    """The part of an image that the model saw, in fractions of its sides."""
+    edges = torch.tensor(picture["patches"])
+    left, top, right, bottom = [*edges.amin(0)[:2].tolist(), *edges.amax(0)[2:].tolist()]
+    return [left / picture["width"], top / picture["height"], right / picture["width"], bottom / picture["height"]]
 
 
 def pages(main, tmp_path, *arguments):
@@ -193,18 +212,53 @@ def test_reading_again_gives_the_attention_of_a_whole_pass(model, processor):
         assert torch.allclose(weights[layer], expected.float(), atol=1e-6)
 
 
-def test_views_and_what_is_left_out_where_there_is_no_room(monkeypatch):
+def test_views_and_what_is_coarse_where_there_is_no_room(monkeypatch):
     torch.manual_seed(0)
     weights = torch.rand(3, 4, 9, 20).softmax(-1)
     weights[1, 2] *= 9  # the head of layer 1 that looks most
-    shown = list(explain.views(weights, question=4))
-    assert len(shown) == 2 + 3 + 3 * 4 and all(view.shape == (6, 20) for *_, view in shown)
-    assert torch.equal(shown[1][3], weights.mean((0, 1))[3:])
-    head = next(view for layer, head, _, view in shown if (layer, head) == (1, 2))
-    assert torch.equal(head, lens.without_sinks(weights[1, 2])[3:])
+    cells = torch.arange(20) // 10
+    shown = list(explain.views(weights, 4, cells))
+    assert len(shown) == 2 + 3 + 3 * 4 and all(view.shape == (6, 20) for *_, view, _ in shown)
+    assert torch.equal(shown[1][4], weights.mean((0, 1))[3:])
+    head = next(shown for shown in shown if shown[:2] == (1, 2))
+    assert torch.equal(head[4], lens.without_sinks(weights[1, 2])[3:])
+    assert torch.allclose(head[5], weights[1, 2, 3:].sum(-1))  # the share is of all attention, sinks included
+    assert torch.allclose(shown[0][5], weights.mean((0, 1))[3:].sum(-1))
     monkeypatch.setattr(explain, "ROOM", 1)
-    shown = list(explain.views(weights, question=4))
-    assert [(layer, head) for layer, head, *_ in shown][5:][1] == (1, 2) and len(shown) == 2 + 3 + 3
+    few = list(explain.views(weights, 4, cells))
+    assert [view[:2] for view in few] == [view[:2] for view in shown]  # every head is there
+    assert [view[:2] for view in few if view[1] is not None and not view[3]][1] == (1, 2)
+    other = next(view for view in few if view[3])
+    expected = lens.without_sinks(weights[other[0], other[1]])[3:].unflatten(1, (2, 10)).mean(-1)
+    assert torch.allclose(other[4], expected, atol=1e-6)
+
+
+def boxes(rows, columns):
+    """Patches of a picture of 10 x 10 pixels each."""
+    return [[10 * c, 10 * r, 10 * c + 10, 10 * r + 10] for r in range(rows) for c in range(columns)]
+
+
+def view_of(rows, columns, name=""):
+    return {"name": name, "width": 10 * columns, "height": 10 * rows, "rows": rows, "columns": columns,
+            "patches": boxes(rows, columns)}  # fmt: skip
+
+
+def test_cells_are_neighbours_and_few_enough(monkeypatch):
+    assert explain.cells_of([view_of(2, 3)], 100).tolist() == list(range(6))  # small enough as it is
+    cells = explain.cells_of([view_of(24, 24), view_of(3, 30)], 1000)
+    assert (cells[:576].view(24, 24)[:4, :4] == 0).all() and cells[4] == 1 and cells[96] == 6
+    assert cells[576:].view(3, 30)[:, :4].unique().tolist() == [36] and int(cells.max()) == 43
+    monkeypatch.setattr(explain, "ROOM", 1000 * 10)
+    assert int(explain.cells_of([view_of(24, 24), view_of(3, 30)], 1000).max()) < 10
+    assert explain.cells_of([view_of(24, 24)], 10**9).tolist() == [0] * 576
+
+
+def test_the_page_opens_at_something_to_see():
+    words = [{"text": text, "p": p, "end": text == "</s>"} for text, p in
+             ((" a", 1.0), (",", 1.0), (" star", 0.7), (" red", 0.9), ("</s>", 0.2))]  # fmt: skip
+    assert explain.opening(words, torch.tensor([0.1, 0.9, 0.2, 0.3, 1.0])) == 3
+    assert explain.opening(words, None) == 2
+    assert explain.opening(words[-1:], None) == 0
 
 
 def test_levels_are_a_square_root():
@@ -243,10 +297,10 @@ def test_two_pictures_and_a_crop(main, tmp_path):
     Image.new("RGB", (400, 200), "green").save(tmp_path / "wide.png")
     arguments = ["--model", "tiny", "--image", SCENE, tmp_path / "wide.png", "--max-new-tokens", 5]
     _, _, data = pages(main, tmp_path, *arguments)
-    assert [picture["seen"] for picture in data["pictures"]] == [[0, 0, 1, 1], [0.25, 0, 0.75, 1]]
+    assert [seen(picture) for picture in data["pictures"]] == [[0, 0, 1, 1], [0.25, 0, 0.75, 1]]
     assert maps_of(data).shape[-1] == 98
     _, _, data = pages(main, tmp_path, *arguments, "--pad")
-    assert data["pictures"][1]["seen"] == [0, -0.5, 1, 1.5]
+    assert seen(data["pictures"][1]) == [0, -0.5, 1, 1.5]
 
 
 def test_a_photo_is_shrunk_for_the_page(main, tmp_path):
@@ -298,6 +352,25 @@ def test_the_kept_page_is_the_current_one(main, tmp_path):
     assert [word["text"] for word in data_of(kept)["words"]] == [word["text"] for word in data["words"]]
     assert data_of(kept)["views"] == data["views"] and data_of(kept)["pictures"] == data["pictures"]
     assert (maps_of(data_of(kept)).int() - maps_of(data).int()).abs().max() <= 1
+    assert (shares_of(data_of(kept)) - shares_of(data)).abs().max() < 0.003
+
+
+def test_shares_are_those_of_the_view(main, tmp_path, tiny):
+    """Each layer and each head has its own."""
+    model, processor = tiny
+    _run, _, data = pages(main, tmp_path, "--model", "tiny", "--image", SCENE, "--max-new-tokens", 6)
+    inputs = processor.chat([("user", "Describe the image.")], [str(SCENE)])
+    said = model.generate(**inputs, max_new_tokens=6)
+    whole = torch.cat([inputs["input_ids"], said[:, :-1]], 1)
+    found = lens.trace(model, input_ids=whole, pixel_values=inputs["pixel_values"])
+    columns = lens.image_positions(model, model.expanded(**inputs)[0])[0]
+    shares = shares_of(data)
+    for number, (layer, head, sinks, _) in enumerate(data["views"]):
+        layers = range(4) if layer is None else [layer]
+        parts = torch.cat([found[f"attention.{i + 1}"] for i in layers])[:, :, -6:, columns].sum(-1)  # (L, A, W)
+        part = parts.mean((0, 1)) if head is None else parts[:, head].mean(0)
+        assert torch.allclose(shares[number], part, atol=6e-4), (layer, head, sinks)
+    assert len({round(share, 2) for share in shares[:, 0].tolist()}) > 8
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -337,32 +410,45 @@ def visit(browser):
     assert complaints == [] and all(url.startswith(("file:", "data:")) for url in requests)
 
 
-@pytest.fixture
-def page_file(main, tmp_path):
-    pages(main, tmp_path, "--model", "tiny", "--image", SCENE)
-    return tmp_path / "page.html"
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    assert cli.main(["--device", "cpu", "--model", "tiny", "--image", str(SCENE), "--explain", str(file)]) in (None, 0)
+    return file
 
 
 def shown(tab):
     """(the chosen token, the patch that is framed or None, what a screen reader hears)."""
     chosen = tab.inner_text("#answer [aria-current]")
-    framed = tab.evaluate("""() => { const frame = document.querySelector(".most");
+    framed = tab.evaluate("""() => { const most = document.querySelector(".most"), frame = most.querySelector("rect");
         const at = ["x", "y"].map(side => frame[side].baseVal.value / frame.width.baseVal.value);
-        return frame.getAttribute("visibility") === "visible" ? at : null }""")
+        return most.getAttribute("visibility") === "visible" ? at : null }""")
     return chosen, None if framed is None else (round(framed[1]), round(framed[0])), tab.inner_text("#now")
 
 
-def veil(tab):
-    """How strongly each patch is veiled."""
-    return tab.eval_on_selector_all(
-        ".photo rect:not(.most)", "all => all.map(rect => +rect.getAttribute('fill-opacity'))"
-    )
+def light(tab):
+    """How much of its colour each patch has."""
+    return tab.eval_on_selector_all(".photo rect.patch", "all => all.map(rect => +rect.getAttribute('fill-opacity'))")
 
 
+def looks(tab):
+    """How strongly each word is marked as one that looked at a patch."""
+    return tab.eval_on_selector_all("#answer button", "all => all.map(e => +e.style.getPropertyValue('--look'))")
+
+
+def over_patch(tab, row, column, grid=7):
+    """Where on the screen a patch lies."""
+    box = tab.locator(".photo").first.bounding_box()
+    return box["x"] + box["width"] * (column + 0.5) / grid, box["y"] + box["height"] * (row + 0.5) / grid
+
+
+@pytest.mark.slow
 def test_stepping_through_the_words(visit, page_file, tmp_path):
     data = data_of(page_file.read_text())
     averaged = maps_of(data)[0].int()
     tab = visit(page_file, viewport={"width": 1060, "height": 860})
+    assert shown(tab)[0] == data["words"][data["opens"]]["text"].strip() and max(light(tab)) > 0.9
+    tab.keyboard.press("Home")
     for i, word in enumerate(data["words"]):
         chosen, framed, heard = shown(tab)
         assert chosen == word["text"].strip()
@@ -371,16 +457,15 @@ def test_stepping_through_the_words(visit, page_file, tmp_path):
         assert framed == (divmod(int(best), 7) if averaged[i].max() else None)
         if framed:
             assert f"(row {framed[0] + 1}, column {framed[1] + 1} of 7 × 7 patches)" in heard
-        assert veil(tab) == pytest.approx((0.8 * (1 - averaged[i] / explain.LEVELS)).tolist(), abs=1e-3)
+        assert light(tab) == pytest.approx((averaged[i] / explain.LEVELS).tolist(), abs=1e-3)
         rows = tab.eval_on_selector_all(
             "#likely tbody tr", "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
         )
-        assert (
-            len(rows) == 6
-            and rows[0][0].endswith("(said)")
-            and rows[1][0] == (word["others"][0][0].strip() or "a space")
-        )
-        assert all("%" in row[1] for row in rows)
+        assert rows[0][0].endswith("(said)") and all("%" in row[1] for row in rows)
+        others = [text.strip() or "a space" for text, p in word["others"] if p >= 0.001]
+        assert [row[0] for row in rows[1:]] == others
+        rare = [text.strip() or "a space" for text, p in word["others"] if p < 0.001]
+        assert re.findall("“(.*?)”", tab.inner_text("#rest")) == rare
         assert tab.is_disabled("#next") == (i == len(data["words"]) - 1) and tab.is_disabled("#back") == (i == 0)
         if i < len(data["words"]) - 1:
             tab.click("#next")
@@ -388,9 +473,11 @@ def test_stepping_through_the_words(visit, page_file, tmp_path):
     assert len(Image.open(tmp_path / "shot.png").convert("RGB").getcolors(1_000_000)) > 100
 
 
+@pytest.mark.slow
 def test_keyboard_mouse_and_touch(visit, page_file, browser):
     words = [word["text"].strip() for word in data_of(page_file.read_text())["words"]]
     tab = visit(page_file)
+    tab.keyboard.press("Home")
     tab.keyboard.press("ArrowRight")
     assert shown(tab)[0] == words[1]
     tab.keyboard.press("End")
@@ -400,17 +487,15 @@ def test_keyboard_mouse_and_touch(visit, page_file, browser):
     tab.keyboard.press("Enter")
     tab.keyboard.press("Space")
     assert shown(tab)[0] == words[2]
-    tab.focus("#layer")
+    tab.focus("#plain")
     tab.keyboard.press("Tab")
-    tab.keyboard.press("Tab") if tab.evaluate("document.activeElement.id") == "head" else None
     assert tab.evaluate("document.activeElement.textContent") == words[2]  # one stop for the whole answer
     tab.keyboard.press("ArrowRight")
     assert tab.evaluate("document.activeElement.textContent") == words[3] == shown(tab)[0]
     tab.focus(".scroll")
     tab.keyboard.press("ArrowRight")  # scrolls the table
     assert shown(tab)[0] == words[3]
-    tab.hover("#answer button:nth-child(9)")
-    assert shown(tab)[0] == words[8]
+    tab.keyboard.press("Shift+Tab")
     phone = visit(page_file, viewport={"width": 375, "height": 700}, has_touch=True, is_mobile=True)
     phone.tap("#answer button:nth-child(6)")
     assert shown(phone)[0] == words[5]
@@ -420,6 +505,7 @@ def test_layers_and_heads(visit, page_file):
     data = data_of(page_file.read_text())
     maps, views = maps_of(data), [tuple(view) for view in data["views"]]
     tab = visit(page_file)
+    tab.keyboard.press("Home")
     for _ in range(2):
         tab.keyboard.press("ArrowRight")
     assert tab.is_disabled("#head")
@@ -430,15 +516,236 @@ def test_layers_and_heads(visit, page_file):
         if head != "all":
             tab.select_option("#head", index=head + 1)
         number = views.index(
-            (None if layer in ("all", "sinks") else layer, None if head == "all" else head, layer == "sinks")
+            (None if layer in ("all", "sinks") else layer, None if head == "all" else head, layer == "sinks", False)
         )
-        assert veil(tab) == pytest.approx((0.8 * (1 - maps[number, 2].int() / explain.LEVELS)).tolist(), abs=1e-3)
+        assert light(tab) == pytest.approx((maps[number, 2].int() / explain.LEVELS).tolist(), abs=1e-3)
+        share = shares_of(data)[number, 2].item()
+        assert f" {100 * share:.1f}% of its attention went to the picture" in shown(tab)[2].replace(" 100%", " 100.0%")
+
+
+def test_pointing_shows_and_clicking_chooses(visit, page_file):
+    """On the way from a word to the next control the word is not lost."""
+    data = data_of(page_file.read_text())
+    averaged = maps_of(data)[0].int() / explain.LEVELS
+    tab = visit(page_file)
+    tab.click("#answer button:nth-child(3)")
+    tab.hover("#answer button:nth-child(9)")
+    assert shown(tab)[0] == data["words"][2]["text"].strip() and "Token 9 of" in shown(tab)[2]
+    assert light(tab) == pytest.approx(averaged[8].tolist(), abs=1e-3)
+    tab.hover("#layer")
+    assert "Token 3 of" in shown(tab)[2] and light(tab) == pytest.approx(averaged[2].tolist(), abs=1e-3)
+
+
+def test_the_way_back(visit, page_file):
+    """From a patch to the words that looked there: by mouse, by keyboard, in the selected view."""
+    data = data_of(page_file.read_text())
+    maps = maps_of(data).int()
+    tab = visit(page_file, viewport={"width": 1060, "height": 860})
+    patch = int(maps[0].amax(0).argmax())
+    row, column = divmod(patch, 7)
+    tab.mouse.move(*over_patch(tab, row, column))
+    assert looks(tab) == pytest.approx((maps[0, :, patch] / explain.LEVELS).tolist(), abs=1e-3)
+    assert tab.locator(".pointer").get_attribute("visibility") == "visible"
+    assert light(tab) == pytest.approx((maps[0, data["opens"]] / explain.LEVELS).tolist(), abs=1e-3)  # until a click
+    tab.mouse.click(*over_patch(tab, row, column))
+    tab.mouse.move(0, 0)
+    assert [i for i, value in enumerate(light(tab)) if value] == [patch]
+    most = int(maps[0, :, patch].argmax())
+    heard = shown(tab)[2]
+    assert f"(row {row + 1}, column {column + 1} of 7 × 7 patches)" in heard
+    assert f"most of all “{data['words'][most]['text'].strip()}” ({most + 1})" in heard
+    assert f"{int((maps[0, :, patch] > 0).sum())} of {len(data['words'])} tokens" in heard
+    tab.select_option("#layer", index=5)
+    view = [tuple(view) for view in data["views"]].index((3, None, False, False))
+    assert looks(tab) == pytest.approx((maps[view, :, patch] / explain.LEVELS).tolist(), abs=1e-3)
+    tab.keyboard.press("Escape")
+    assert sum(looks(tab)) == 0 and "Token" in shown(tab)[2]
+    tab.focus(".photo")
+    before = shown(tab)[0]
+    for key in ("ArrowRight", "ArrowUp", "ArrowLeft"):
+        tab.keyboard.press(key)
+    tab.keyboard.press("Enter")
+    assert "(row 3, column 3 of 7 × 7 patches)" in shown(tab)[2] and shown(tab)[0] == before  # from the middle
+    tab.click("#answer button:nth-child(2)")
+    assert "Token 2 of" in shown(tab)[2] and sum(looks(tab)) == 0
+
+
+def test_all_heads_at_once(visit, page_file):
+    """A small map for each head of each layer, of the chosen word; pointing shows it large, a click selects it."""
+    data = data_of(page_file.read_text())
+    maps, views = maps_of(data).int() / explain.LEVELS, [tuple(view[:2]) for view in data["views"]]
+    tab = visit(page_file, viewport={"width": 1060, "height": 1400})
+    assert tab.locator("#heads .head").count() == 16
+    names = tab.eval_on_selector_all("#heads .head", "all => all.map(e => e.getAttribute('aria-label'))")
+    heads = [f"layer {i + 1}, head {j + 1}" for i in range(4) for j in range(4)]
+    assert [name.split(":")[0] for name in names] == heads
+    share = shares_of(data)[views.index((2, 1)), data["opens"]].item()
+    assert re.search(rf": {100 * share:.1f}% on the picture".replace("100.0%", r"100(\.0)?%"), names[9])
+    painted = """all => all.map(canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
+        .filter((value, i) => i % 4 === 3 && value > 200).length)"""
+    strong = tab.eval_on_selector_all("#heads canvas", painted)
+    peaks = [maps[views.index((i, j)), data["opens"]].max().item() for i in range(4) for j in range(4)]
+    assert all((count > 0) == (peak > 0.75) for count, peak in zip(strong, peaks, strict=True))
+    third = tab.locator("#heads .head").nth(9)
+    third.hover()
+    expected = maps[views.index((2, 1)), data["opens"]].tolist()
+    assert light(tab) == pytest.approx(expected, abs=1e-3) and tab.input_value("#layer") == "all"
+    tab.mouse.move(0, 0)
+    assert light(tab) == pytest.approx(maps[0, data["opens"]].tolist(), abs=1e-3)
+    third.click()
+    assert (tab.input_value("#layer"), tab.input_value("#head")) == ("2", "1")
+    assert third.get_attribute("aria-pressed") == "true" and "in layer 3, head 2" in shown(tab)[2]
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("Enter")
+    assert (tab.input_value("#layer"), tab.input_value("#head")) == ("3", "1")
+    tab.keyboard.press("Enter")
+    assert tab.input_value("#layer") == "all"  # chosen twice is chosen no more
+
+
+def test_the_picture_can_be_seen_plain(visit, page_file):
+    tab = visit(page_file)
+    shade = tab.locator(".photo .shade")
+    assert shade.is_visible()
+    tab.click("#plain")
+    assert not shade.is_visible() and tab.get_attribute("#plain", "aria-pressed") == "true"
+    tab.keyboard.press("p")
+    assert shade.is_visible() and tab.get_attribute("#plain", "aria-pressed") == "false"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_picture_stays_readable(visit, page_file, tmp_path, scheme):
+    """Where nothing was read it is grey, the things still stand out, and it is the same in both themes."""
+    tab = visit(page_file, viewport={"width": 1060, "height": 860}, color_scheme=scheme)
+    tab.locator(".photo").screenshot(path=tmp_path / "photo.png")
+    shot = Image.open(tmp_path / "photo.png").convert("RGB")
+    scene = Image.open(SCENE).convert("RGB").resize(shot.size)
+    dark = torch.tensor([value < 0.05 for value in light(tab)]).view(7, 7)
+    row, column = divmod(int(dark.flatten().int().argmax()), 7)
+    found = torch.frombuffer(bytearray(shot.tobytes()), dtype=torch.uint8).view(*shot.size[::-1], 3).float()
+    plain = torch.frombuffer(bytearray(scene.tobytes()), dtype=torch.uint8).view(*shot.size[::-1], 3).float()
+    grey = found[found.shape[0] * row // 7 + 9 : found.shape[0] * (row + 1) // 7 - 9,
+                 found.shape[1] * column // 7 + 9 : found.shape[1] * (column + 1) // 7 - 9]  # fmt: skip
+    assert (grey.amax(-1) - grey.amin(-1)).max() <= 3 and 60 < grey.mean() < 200
+    inner = slice(9, -9)
+    together = torch.stack([found.mean(-1)[inner, inner].flatten(), plain.mean(-1)[inner, inner].flatten()])
+    assert torch.corrcoef(together)[0, 1] > 0.8  # no slab, black or white, hides it
+
+
+def made(tmp_path, data, title="Where it looked"):
+    """A page of data that were made by hand."""
+    file = tmp_path / "made.html"
+    file.write_text(explain.filled(data, title, "a model", "What?", "it", [("ids", "(1, 9)", "int64", "0.1", "72")]))
+    return file
+
+
+def by_hand(pictures, weights, question=2, probabilities=(0.99, 0.4, 0.8, 1.0)):
+    texts = ("It", " was", " blue", "\n", "!")
+    words = [{"text": text, "p": p, "end": False, "others": [[" red", 1 - p]]}
+             for text, p in zip(texts, probabilities, strict=False)]  # fmt: skip
+    data = {"words": words} | explain.looks(weights, question, pictures)
+    data["opens"] = explain.opening(words, data.pop("peaks"))
+    return data
+
+
+def test_a_picture_in_tiles(visit, tmp_path):
+    """The whole of it and its tiles: two sets of patches on one image, which need not be square."""
+    colour = "data:image/png;base64," + base64.b64encode(red_and_green(tmp_path)).decode()
+    whole, tiles = view_of(2, 3, "the whole"), view_of(4, 6, "in tiles")
+    for view in (whole, tiles):
+        view |= {"src": colour, "width": 120, "height": 80}
+        size = 120 / view["columns"]
+        view["patches"] = [[edge / 10 * size for edge in patch] for patch in view["patches"]]
+    weights = torch.full((2, 2, 5, 30), 1e-3)
+    weights[1, 0, 3, 6 + 3 * 6 + 5] = 0.9  # the third word, in layer 2, the last patch of the tiles
+    weights[0, 1, 2, 4] = 0.5  # the second, in layer 1, on the whole
+    tab = visit(made(tmp_path, by_hand([whole, tiles], weights)), viewport={"width": 900, "height": 900})
+    assert tab.locator("figure").count() == 2 and tab.locator("rect.patch").count() == 30
+    assert shown_names(tab) == ["the whole", "in tiles"] and "Token 3 of 4" in tab.inner_text("#now")
+    assert "in tiles, the bottom right (row 4, column 6 of 4 × 6 patches)" in tab.inner_text("#now")
+    assert tab.get_attribute("svg >> nth=0", "aria-label") == "the whole; no patch stands out"
+    box = tab.locator(".photo").nth(1).bounding_box()
+    tab.mouse.click(box["x"] + box["width"] * 0.95, box["y"] + box["height"] * 0.95)
+    tab.mouse.move(0, 0)
+    assert [look > 0 for look in looks(tab)] == [False, False, True, False]
+    assert tab.locator("#heads .head").count() == 4
+    tab.click("#answer button:nth-of-type(2)")
+    assert "the whole, the bottom middle (row 2, column 2 of 2 × 3 patches)" in tab.inner_text("#now")
+
+
+def shown_names(tab):
+    return tab.eval_on_selector_all(".photo svg", "all => all.map(svg => svg.getAttribute('aria-label').split(';')[0])")
+
+
+def red_and_green(tmp_path):
+    image = Image.new("RGB", (120, 80), "red")
+    image.paste("green", (60, 0, 120, 80))
+    image.save(tmp_path / "two.png")
+    return (tmp_path / "two.png").read_bytes()
+
+
+def test_many_heads_are_all_there_where_most_are_coarse(visit, tmp_path, monkeypatch):
+    """8 layers of 32 heads, 24 x 24 patches, and little room: none is left out, and a coarse one is drawn, too."""
+    monkeypatch.setattr(explain, "ROOM", 50_000)
+    torch.manual_seed(0)
+    picture = view_of(24, 24) | {"src": "data:image/png;base64," + base64.b64encode(red_and_green(tmp_path)).decode()}
+    weights = torch.rand(8, 32, 3, 576) * 1e-4
+    weights[2, 5, 2, :3] = 0.3  # the first cells of three by three
+    weights[2, :5] += 0.01  # these look more, and get the room
+    data = by_hand([picture], weights, question=2, probabilities=(0.9, 0.9))
+    assert sum(view[3] for view in data["views"]) > 100
+    view = next(i for i, view in enumerate(data["views"]) if view[:2] == [2, 5])
+    assert data["views"][view][3]
+    tab = visit(made(tmp_path, data), viewport={"width": 1060, "height": 900})
+    assert tab.locator("#heads .head").count() == 256
+    tab.select_option("#layer", index=4)
+    tab.select_option("#head", index=6)
+    tab.keyboard.press("End")
+    tab.click("#answer button:nth-of-type(2)")
+    lit = light(tab)
+    assert lit == pytest.approx((maps_of(data)[view, 1].int() / explain.LEVELS).tolist(), abs=1e-3)
+    assert min(lit[i] for i in (0, 2, 24 + 1, 48 + 2)) == 1 and lit[3] < 1
+
+
+def test_doubt_is_seen_at_the_words(visit, tmp_path):
+    """The line below a token is as long as certainty is short; the least certain one can be chosen at once."""
+    picture = view_of(2, 2) | {"src": "data:image/png;base64," + base64.b64encode(red_and_green(tmp_path)).decode()}
+    tab = visit(made(tmp_path, by_hand([picture], torch.rand(1, 1, 5, 4) / 9)))
+    unsure = tab.eval_on_selector_all(
+        "#answer button", "all => all.map(e => +e.style.getPropertyValue('--unsure') || 0)"
+    )
+    assert unsure == pytest.approx([0.01, 0.6, 0.2, 0])
+    names = tab.eval_on_selector_all("#answer button", "all => all.map(e => e.getAttribute('aria-label'))")
+    assert names == ["It, 99.0%", "was, 40.0%", "blue, 80.0%", "⏎, 100%"]
+    assert tab.inner_text("#doubt") == "“was”"
+    tab.click("#doubt")
+    assert shown(tab)[0] == "was"
+    width = tab.eval_on_selector("#answer button:nth-of-type(2)", "e => getComputedStyle(e).backgroundSize")
+    assert "60%" in width
+
+
+def test_words_are_set_as_text(visit, page_file):
+    """What the answer's line holds is the answer, a comma stands at its word, and lines begin at one edge."""
+    data = data_of(page_file.read_text())
+    tab = visit(page_file, viewport={"width": 1060, "height": 860})
+    text = tab.evaluate("document.getElementById('answer').textContent")
+    assert text == "".join(word["text"] for word in data["words"]).strip()
+    edges = "all => all.map(e => e.getBoundingClientRect()).map(b => [b.left, b.right, Math.round(b.top)])"
+    edges = tab.eval_on_selector_all("#answer button", edges)
+    gaps = [round(b[0] - a[1], 1) for a, b in itertools.pairwise(edges) if a[2] == b[2]]
+    comma = next(i for i, word in enumerate(data["words"]) if word["text"] == ",")
+    assert abs(edges[comma][0] - edges[comma - 1][1]) < 0.5 and max(gaps) < 12
+    lines = {}
+    for left, _, top in edges[:-1]:
+        lines.setdefault(top, left)
+    assert max(lines.values()) - min(lines.values()) < 1
 
 
 def test_a_phone_and_the_dark(visit, page_file):
     """Nothing is wider than a phone's screen, the picture stays in sight, and in the dark text is light on dark."""
     phone = visit(page_file, viewport={"width": 360, "height": 640})
     assert phone.evaluate("document.documentElement.scrollWidth") <= 360
+    for part in (".scroll", ".shared"):  # the tables fit, nothing of them is out of sight
+        assert phone.eval_on_selector(part, "e => e.scrollWidth - e.clientWidth") <= 0
     phone.locator("#answer button").last.scroll_into_view_if_needed()
     box = phone.locator(".photo").bounding_box()
     assert box["y"] >= -1 and box["height"] > 150
@@ -456,24 +763,30 @@ def test_what_a_screen_reader_is_told(visit, page_file):
     tree = tab.locator("body").aria_snapshot()
     for part in (
         'button "Next →"', 'toolbar "The answer, token by token"', "status:", 'table "What else it could have said',
-        'combobox "Layer"', 'rowheader "vision.0"', 'img "The picture; most looked at:', 'heading "How to read this',
+        'combobox "Layer"', 'button "Plain picture"',
+        'button "layer 1, head 1: ', 'application "The picture: arrow keys',
+        'rowheader "vision.0"', 'img "The picture; most looked at:', 'heading "How to read this',
     ):  # fmt: skip
         assert part in tree, tree
     assert tab.get_attribute("html", "lang") == "en" and tab.title().startswith("Where it looked")
     assert (
-        tab.eval_on_selector_all("button, select", "all => all.filter(e => !(e.innerText || e.labels?.length)).length")
+        tab.eval_on_selector_all(
+            "button, select", "all => all.filter(e => !(e.innerText || e.ariaLabel || e.labels?.length)).length"
+        )
         == 0
     )
 
 
+@pytest.mark.slow
 def test_pages_without_a_picture_and_with_two(visit, main, tmp_path):
     pages(main, tmp_path, "--model", "tiny", "--prompt", "Where is it?", "--max-new-tokens", 3)
     tab = visit(tmp_path / "page.html")
-    assert tab.locator("#pictures, #layer, #head, #about").count() == 0 and tab.inner_text("#now").endswith("%.")
+    assert tab.locator("#pictures, #layer, #head, #about, #overview").count() == 0
+    assert tab.inner_text("#now").endswith("%.") and tab.inner_text("h1") == "How it answered"
     Image.new("RGB", (400, 200), "green").save(tmp_path / "wide.png")
     pages(main, tmp_path, "--model", "tiny", "--image", SCENE, tmp_path / "wide.png", "--max-new-tokens", 5)
     tab = visit(tmp_path / "page.html")
-    assert tab.locator("figure").count() == 2 and tab.locator("svg rect").count() == 2 * 50
+    assert tab.locator("figure").count() == 2 and tab.locator("svg rect.patch").count() == 2 * 49
     assert "cut off before the model saw it" in tab.inner_text("figure >> nth=1")
     assert "picture" in tab.inner_text("#now")
 

@@ -188,5 +188,11 @@ def test_heat_lies_where_the_patches_are(scene):
     wide = scene.resize((448, 224))
     lens.heat(axes, wide, torch.arange(49), lens.patch_boxes(448, 224, 7, config), "title")
     heat = axes.images[1]
-    assert heat.get_extent() == [112, 336, 224, 0] and heat.get_array()[0, 0] == 0 and heat.get_array()[6, 6] == 48
+    assert heat.get_extent() == [112, 336, 224, 0]
+    veil = heat.get_array()  # red, green, blue, and how much of it
+    assert veil[0, 0, 3] == 0 and tuple(veil[6, 6]) == (1, 0, 1, 0.75) and veil[3, 3, 3] == 0.375
+    assert axes.images[0].get_array().shape == (224, 448, 3)  # the picture keeps its colours
+    lens.heat(axes, wide, torch.tensor([-1e-3, *[0.0] * 48]), lens.patch_boxes(448, 224, 7, config), limit=0.5)
+    faint = axes.images[3].get_array()  # what is far below the limit is not blown up
+    assert tuple(faint[0, 0, :3]) == (0, 1, 1) and faint[0, 0, 3] < 0.01
     plt.close("all")
