@@ -9,8 +9,8 @@ A thing stands well inside one of nine cells, and no two things of a scene are a
 So "where" has one answer, "left of" has a clear margin, and each thing can be named without doubt. Only draw_doubt
 draws what is in doubt: a colour halfway between two, a thing that covers a part of another.
 
-    python tiny/scenes.py --seed 7                                             # prints the questions of scene 7
-    python tiny/scenes.py --seed 20504 --side 336 --out tiny/new/scene.png     # draws tiny/scene.png again
+    python tiny/scenes.py --seed 7                             # prints the questions of scene 7
+    python tiny/scenes.py --seed 7 --out tiny/new/scene.png    # and writes its picture
 """
 
 import argparse
@@ -58,11 +58,11 @@ class Thing:
         return PLACES[self.cell]
 
 
-def draw(seed, held_out=False, side=224):
-    """Scene number `seed`, any integer → (PIL image of side x side, [(kind, question, answer), ...])."""
+def draw(seed, held_out=False):
+    """Scene number `seed`, any integer → (PIL image of 224 x 224, [(kind, question, answer), ...])."""
     rng = random.Random(f"scene {seed} held out" if held_out else f"scene {seed}")
     things = arrange(rng, held_out)
-    return paint(rng, things, side), ask(rng, things, held_out)
+    return paint(rng, things), ask(rng, things, held_out)
 
 
 def draw_pair(seed, held_out=False):
@@ -361,13 +361,12 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="even where there is a file already")
     parser.add_argument("--held-out", action="store_true", help="a scene with a pair that training never saw")
     parser.add_argument("--doubt", action="store_true", help="a scene in which something is in doubt")
-    parser.add_argument("--side", type=int, default=224, help="of the picture, in pixels (224; not with --doubt)")
     args = parser.parse_args()
     if args.seed is None:
         return parser.print_help()
     if args.out and args.out.exists() and not args.overwrite:
         parser.error(f"{args.out} is there already: name another --out, or add --overwrite to write over it")
-    image, questions = draw_doubt(args.seed) if args.doubt else draw(args.seed, args.held_out, args.side)
+    image, questions = draw_doubt(args.seed) if args.doubt else draw(args.seed, args.held_out)
     for kind, question, answer in questions:
         print(f"{kind:9} {question} {answer if isinstance(answer, str) else ' / '.join(answer)}")
     if args.out:
