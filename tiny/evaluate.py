@@ -105,9 +105,9 @@ def collect(situation, number, held_out):
 # Answers
 
 
-def count_right(model, processor, items):
-    """Answers, greedily and in batches → how many are exactly right."""
-    hits = 0
+def answers(model, processor, items):
+    """What the model says to [(turns, pictures, answer), ...], greedily and in batches → [str, ...]."""
+    said = []
     for start in range(0, len(items), BATCH):
         batch = items[start : start + BATCH]
         rows = [
@@ -115,9 +115,14 @@ def count_right(model, processor, items):
             for turns, pictures, _ in batch
         ]
         inputs = processor.prepare(rows, [picture for _, pictures, _ in batch for picture in pictures])
-        ids = model.generate(**inputs, max_new_tokens=80)
-        hits += sum(processor.decode(row) == answer for row, (*_, answer) in zip(ids, batch, strict=True))
-    return hits
+        said += [processor.decode(row) for row in model.generate(**inputs, max_new_tokens=80)]
+    return said
+
+
+def count_right(model, processor, items):
+    """How many of the questions are answered exactly."""
+    said = answers(model, processor, items)
+    return sum(words == answer for words, (*_, answer) in zip(said, items, strict=True))
 
 
 def covered(items):
