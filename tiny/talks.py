@@ -18,9 +18,9 @@ from extras.cli import AUTHORS_SYSTEM  # noqa: E402
 import scenes  # noqa: E402
 
 # How often a kind is asked about: more of what is learnt late
-WANTED = {"describe": 1, "colour": 1, "shape": 1, "count": 4, "where": 2, "relation": 3, "yes/no": 3, "missing": 2}
-SHARES = {"one picture": 0.3, "two pictures": 0.45, "a picture added": 0.25}
-SYSTEM = 0.3  # of the talks begin with the authors' sentence
+WANTED = {"describe": 4, "colour": 4, "shape": 2, "count": 6, "where": 2, "relation": 2, "yes/no": 4, "missing": 2}
+SHARES = {"one picture": 0.15, "two pictures": 0.6, "a picture added": 0.25}
+SYSTEM = 0.15  # of the talks begin with the authors' sentence
 
 
 @dataclass

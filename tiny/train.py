@@ -52,11 +52,12 @@ STAGES = {  # steps, scenes a step, learning rate
     "voice": (800, 8, 2e-3),
     "projector": (200, 8, 2e-3),
     "all": (8000, 8, 2e-3),
-    "talk": (2400, 12, 1.5e-3),
+    "talk": (2000, 12, 1.5e-3),
 }
 PART_1 = "all"  # its last stage
-LENGTHS = (224, 320, 416)  # how long the talks of a step are, about, in positions
+LENGTHS = (224, 416, 416)  # how long the talks of a step are, about, in positions
 POSITIONS = 3200  # of all talks of a step
+DOUBT = 0.3  # of the steps have a talk about what is in doubt
 WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 LOG_EVERY, SAVE_EVERY = 50, 100
 
@@ -210,11 +211,12 @@ def talk_step(model, heads, processor, rng, number, device):
         said = sum(len(words.split()) for _, words, *_ in talk.turns)
         return model.vision.grid**2 * len(talk.shown) + 1.6 * said + 3 * len(talk.turns) > length
 
-    image, first = talks.doubt(rng, enough)
-    first.shown = [number]
-    told = [first, *(talks.talk(rng, worlds, enough) for _ in range(round(POSITIONS / length) - 1))]
-    with torch.no_grad():
+    told = [talks.talk(rng, worlds, enough) for _ in range(round(POSITIONS / length))]
+    if rng.random() < DOUBT:
+        image, told[0] = talks.doubt(rng, enough)
+        told[0].shown = [number]
         pixels = torch.cat([pixels, preprocess(image, PICTURE)[None]])
+    with torch.no_grad():
         (x,) = model.vision(pixels.to(device), [model.config.vision_feature_layer])
     features = model.projector(x[:, 1:])[[i for talk in told for i in talk.shown]]  # (N, P, D)
     rows = [talks.encode(processor, talk, features.shape[1]) for talk in told]
