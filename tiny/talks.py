@@ -18,7 +18,7 @@ from extras.cli import AUTHORS_SYSTEM  # noqa: E402
 import scenes  # noqa: E402
 
 # How often a kind is asked about: more of what is learnt late
-WANTED = {"describe": 4, "colour": 4, "shape": 2, "count": 6, "where": 2, "relation": 2, "yes/no": 4, "missing": 2}
+WANTED = {"describe": 5, "colour": 3, "shape": 2, "count": 8, "where": 2, "relation": 2, "yes/no": 4, "missing": 3}
 SHARES = {"one picture": 0.15, "two pictures": 0.6, "a picture added": 0.25}
 SYSTEM = 0.15  # of the talks begin with the authors' sentence
 

@@ -52,11 +52,11 @@ STAGES = {  # steps, scenes a step, learning rate
     "voice": (800, 8, 2e-3),
     "projector": (200, 8, 2e-3),
     "all": (8000, 8, 2e-3),
-    "talk": (2000, 12, 1.5e-3),
+    "talk": (2200, 8, 1.5e-3),
 }
 PART_1 = "all"  # its last stage
 LENGTHS = (224, 416, 416)  # how long the talks of a step are, about, in positions
-POSITIONS = 3200  # of all talks of a step
+POSITIONS = 2000  # of all talks of a step
 DOUBT = 0.3  # of the steps have a talk about what is in doubt
 WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
 LOG_EVERY, SAVE_EVERY = 50, 100
