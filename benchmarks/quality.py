@@ -18,7 +18,7 @@ import torch
 import llava
 
 sys.path[:0] = [str(peers.HERE.parent / "tiny")]
-import train  # noqa: E402
+import evaluate  # noqa: E402
 
 SCHEMES = {
     "float32": {"dtype": "float32"},
@@ -32,27 +32,23 @@ SCHEMES = {
 def answers(settings, table):
     """tiny's answers to all questions of a table, and how many are right."""
     model, processor = llava.load("tiny", device="cpu", **settings)
-    said, right = [], 0
-    for pictures, items in table.values():
-        for start in range(0, len(items), 50):
-            part = items[start : start + 50]
-            inputs = processor([processor.prompt(question) for question, _ in part], pictures[start : start + 50])
-            ids = model.generate(**inputs, max_new_tokens=80)
-            said += [processor.decode(row) for row in ids]
-            right += sum(a == answer for a, (_, answer) in zip(said[-len(part) :], part, strict=True))
-    return said, right
+    said = [words for items in table.values() for words in evaluate.answers(model, processor, items)]
+    return said, sum(words == answer for words, answer in zip(said, truth(table), strict=True))
+
+
+def truth(table):
+    return [answer for items in table.values() for *_, answer in items]
 
 
 def tiny(number):
-    table = train.collect(number, held_out=False)
+    table = evaluate.collect("one question", number, held_out=False)
     rows = {name: answers(settings, table) for name, settings in SCHEMES.items()}
     base, right = rows["float32"]
     print(f"tiny, {len(base)} questions about fresh scenes\n")
     print("| scheme | right | right in float32 and now wrong | other words |")
     print("|---|---|---|---|")
-    truth = [answer for _, items in table.values() for _, answer in items]
     for name, (said, hits) in rows.items():
-        lost = sum(a == t != b for a, b, t in zip(base, said, truth, strict=True))
+        lost = sum(a == t != b for a, b, t in zip(base, said, truth(table), strict=True))
         other = sum(a != b for a, b in zip(base, said, strict=True))
         print(f"| {name} | {hits} ({hits / len(base):.2%}) | {lost} ({lost / right:.2%}) | {other} |", flush=True)
 

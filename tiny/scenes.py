@@ -2,14 +2,23 @@
 
     image, questions = draw(7)  # a PIL image and [(kind, question, answer), ...], one of each kind
     image, questions = draw(7, held_out=True)  # about a colour-shape pair that training never saw
+    (first, second), questions = draw_pair(7)  # two pictures of one prompt: each question says which of them it means
+    image, questions = draw_doubt(7)  # the answer of each question is a tuple: all that a fair eye could say
 
 A thing stands well inside one of nine cells, and no two things of a scene are alike in colour, shape and size.
-So "where" has one answer, "left of" has a clear margin, and each thing can be named without doubt.
+So "where" has one answer, "left of" has a clear margin, and each thing can be named without doubt. Only draw_doubt
+draws what is in doubt: a colour halfway between two, a thing that covers a part of another.
+
+    python tiny/scenes.py --seed 7                             # prints the questions of scene 7
+    python tiny/scenes.py --seed 7 --out tiny/new/scene.png    # and writes its picture
 """
 
+import argparse
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from pathlib import Path
 
 from PIL import Image, ImageDraw
 
@@ -26,7 +35,8 @@ PLACES = (
     "bottom left", "bottom middle", "bottom right",
 )
 NUMBERS = ("zero", "one", "two", "three", "four")
-KINDS = ("describe", "colour", "shape", "count", "where", "relation", "yes/no")
+ORDINALS = ("first", "second")
+KINDS = ("describe", "colour", "shape", "count", "where", "relation", "yes/no", "missing")
 
 # Training never shows, mentions or denies these: they test whether colour and shape were learnt apart from each other.
 HELD_OUT = (("red", "star"), ("green", "square"), ("blue", "triangle"), ("purple", "circle"))
@@ -55,6 +65,37 @@ def draw(seed, held_out=False):
     return paint(rng, things), ask(rng, things, held_out)
 
 
+def draw_pair(seed, held_out=False):
+    """Two scenes for one prompt → ((first, second), [(kind, question, answer), ...]), one question of each kind.
+
+    Each question says which picture it is about: "Where is the star in the second picture?".
+    """
+    rng = random.Random(f"pair {seed} held out" if held_out else f"pair {seed}")
+    worlds = [arrange(rng, held_out) for _ in ORDINALS]
+    images = tuple(paint(rng, things) for things in worlds)
+    asked = [ask(rng, things, held_out) for things in worlds]
+    questions = []
+    for kind in KINDS:
+        found = [(which, *rest) for which, about in enumerate(asked) for name, *rest in about if name == kind]
+        if found:  # no relation if both show a lone thing
+            which, question, answer = rng.choice(found)
+            questions.append((kind, point(rng, question, which), answer))
+    return images, questions
+
+
+def draw_doubt(seed):
+    """A scene in which something is in doubt → (PIL image, [(kind, question, answers), ...]).
+
+    answers: a tuple of those that could be right. Either a thing has a colour halfway between two that have a name, or
+    a thing covers a part of another one.
+    """
+    rng = random.Random(f"doubt {seed}")
+    while True:
+        things = arrange(rng)
+        drawn = rng.choice((mix, cover))(rng, things)
+        if drawn:
+            return drawn
+
 # ----------------------------------------------------------------------------------------------------------------
 # The things
 
@@ -75,6 +116,49 @@ def arrange(rng, held_out=False):
     return sorted(placed, key=lambda thing: thing.cell)
 
 
+def mix(rng, things):
+    """One thing in a colour halfway between two neighbours, each of which it could be called; None if none can be."""
+    index = rng.randrange(len(things))
+    thing, colours = things[index], list(COLOURS)
+    other = colours[(colours.index(thing.colour) + rng.choice((-1, 1))) % len(colours)]
+    near = {thing.colour, other}
+    if (other, thing.shape) in HELD_OUT or any(x.colour in near for x in things if x is not thing):
+        return None
+    share = rng.uniform(0.4, 0.6)
+    between = [round(a + share * (b - a)) for a, b in zip(COLOURS[thing.colour], COLOURS[other], strict=True)]
+    image = paint(rng, things, colours={index: between})
+    either = [things, [replace(x, colour=other) if x is thing else x for x in things]]
+    named = name(rng, thing, things, hide=("colour",))
+    scenes = [sentence(world) for world in either]
+    return image, [
+        ("describe", describe(rng, things, thing, SEEN)[0], tuple(scenes)),
+        ("colour", f"What colour is {named}?", (thing.colour, other)),
+        ("count", f"How many {thing.colour} objects are there?", ("one", "zero")),
+        ("yes/no", f"Is {named} {thing.colour}?", ("yes", "no")),
+    ]
+
+
+def cover(rng, things):
+    """One thing half behind another of its colour: what shape it has, and whether it is one thing, is hard to say."""
+    back = rng.choice(things)
+    shapes = [shape for shape in SHAPES if shape != back.shape and (back.colour, shape) in SEEN]
+    if not shapes or len(things) == 4:
+        return None
+    angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.1, 0.3) * back.diameter
+    front = replace(back, shape=rng.choice(shapes), diameter=0.9 * back.diameter,
+                    x=back.x + far * math.sin(angle), y=back.y + far * math.cos(angle))
+    shown = [x for thing in things for x in ((thing, front) if thing is back else (thing,))]
+    where = f"the object {'in' if back.place == 'centre' else 'at'} the {back.place}"
+    alike = sum(thing.colour == back.colour for thing in things)
+    alone = [front if thing is back else thing for thing in things]
+    return paint(rng, shown), [
+        ("describe", describe(rng, things, back, SEEN)[0], (sentence(things), sentence(alone), sentence(shown))),
+        ("shape", f"What shape is {where}?", (back.shape, front.shape)),
+        ("count", f"How many {back.colour} objects are there?", (NUMBERS[alike], NUMBERS[alike + 1])),
+        ("yes/no", f"Is {where} {with_article(back.shape)}?", ("yes", "no")),
+    ]
+
+
 def place(rng, cell, colour, shape, size):
     """A thing somewhere inside its cell, a third of the side wide."""
     diameter = SIZES[size] * rng.uniform(0.95, 1.05)
@@ -87,8 +171,11 @@ def place(rng, cell, colour, shape, size):
 # The picture
 
 
-def paint(rng, things, side=224, strange=False):
-    """Things on a shaded background, pale or dark → PIL image (side, side). strange: in colours without a name here."""
+def paint(rng, things, side=224, strange=False, colours=None):
+    """Things on a shaded background, pale or dark → PIL image (side, side).
+
+    strange: in colours without a name here. colours: {the index of a thing: a colour (red, green, blue) for it}.
+    """
     big = 2 * side  # drawn at twice the size, then halved: smooth edges
     base = rng.randint(22, 60) if rng.random() < 0.3 else rng.randint(205, 245)
     top = [base + rng.randint(-10, 10) for _ in range(3)]
@@ -97,8 +184,8 @@ def paint(rng, things, side=224, strange=False):
     image.putdata([tuple(top), tuple(bottom)])
     image = image.resize((big, big), Image.Resampling.BILINEAR)
     canvas = ImageDraw.Draw(image)
-    for thing in things:
-        colour = nameless(rng) if strange else COLOURS[thing.colour]
+    for index, thing in enumerate(things):
+        colour = nameless(rng) if strange else (colours or {}).get(index, COLOURS[thing.colour])
         colour = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in colour)
         canvas.polygon([(big * x, big * y) for x, y in outline(thing, tilt=rng.uniform(-0.2, 0.2))], fill=colour)
     return image.reduce(2)
@@ -128,12 +215,16 @@ def outline(thing, tilt):
 
 
 def ask(rng, things, held_out=False):
-    """One question of each kind → [(kind, question, answer), ...]; a lone thing has no relation to anything."""
+    """One question of each kind → [(kind, question, answer), ...]; a lone thing has no relation to anything.
+
+    That something is missing is never said of a held-out pair, so this kind is not asked with held_out.
+    """
     pairs = HELD_OUT if held_out else SEEN  # the pairs that a question may mention
     subjects = [thing for thing in things if (thing.colour, thing.shape) in pairs]
     questions = []
     for kind in KINDS:
-        if kind != "relation" or len(things) > 1:
+        left_out = held_out if kind == "missing" else kind == "relation" and len(things) == 1
+        if not left_out:
             questions.append((kind, *ASK[kind](rng, things, rng.choice(subjects), pairs)))
     return questions
 
@@ -155,6 +246,17 @@ def name(rng, thing, things, hide=()):
             adjectives = [getattr(thing, part) for part in ("size", "colour") if part in used]
             names.append(" ".join(["the", *adjectives, thing.shape if "shape" in used else "object"]))
     return rng.choice(names)
+
+
+def point(rng, question, which):
+    """The question about picture `which`, 0 or 1, of two: "In the second picture, where is the star?"."""
+    for noun in ("image", "picture"):
+        if f"the {noun}" in question:
+            return question.replace(f"the {noun}", f"the {ORDINALS[which]} {noun}")
+    words = f"the {ORDINALS[which]} {rng.choice(('image', 'picture'))}"
+    if rng.random() < 0.5:
+        return f"{question[:-1]} in {words}?"
+    return f"In {words}, {question[0].lower()}{question[1:]}"
 
 
 def with_article(words):
@@ -228,4 +330,49 @@ def absent(rng, things, pairs):
     return rng.choice(near or others)
 
 
-ASK = dict(zip(KINDS, (describe, colour, shape, count, where, relation, yes_no), strict=True))
+def missing(rng, things, thing, pairs):
+    """Something is asked about as if it were there: "Where is the star?" → "There is no star."."""
+    kind = rng.choice(("colour", "shape", "where"))
+    parts = [part for part in ("size", "colour", "shape") if part != kind]
+    options = []
+    for used in (u for n in (1, 2, 3) for u in combinations(parts, n)):
+        looks = [dict(size=size, colour=pair[0], shape=pair[1]) for size, pair in product(SIZES, pairs)]
+        alike = [max(sum(getattr(x, part) == look[part] for part in used) for x in things) for look in looks]
+        looks = [(look, n) for look, n in zip(looks, alike, strict=True) if n < len(used)]
+        near = [look for look, n in looks if n == len(used) - 1]  # all but one of its attributes are those of a thing
+        if looks:
+            options.append((used, near if near and rng.random() < 0.7 else [look for look, _ in looks]))
+    used, looks = rng.choice(options)
+    look = rng.choice(looks)
+    words = " ".join([look[part] for part in used] + ["object"] * ("shape" not in used))
+    question = {"colour": "What colour is the {}?", "shape": "What shape is the {}?", "where": "Where is the {}?"}[kind]
+    return question.format(words), f"There is no {words}."
+
+
+ASK = dict(zip(KINDS, (describe, colour, shape, count, where, relation, yes_no, missing), strict=True))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Print the questions and answers of a scene; with --out also write its picture. Nothing else is "
+        "written, and without --seed this help is all.")
+    parser.add_argument("--seed", type=int, help="the number of the scene, any integer")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the picture, as .png")
+    parser.add_argument("--overwrite", action="store_true", help="even where there is a file already")
+    parser.add_argument("--held-out", action="store_true", help="a scene with a pair that training never saw")
+    parser.add_argument("--doubt", action="store_true", help="a scene in which something is in doubt")
+    args = parser.parse_args()
+    if args.seed is None:
+        return parser.print_help()
+    if args.out and args.out.exists() and not args.overwrite:
+        parser.error(f"{args.out} is there already: name another --out, or add --overwrite to write over it")
+    image, questions = draw_doubt(args.seed) if args.doubt else draw(args.seed, args.held_out)
+    for kind, question, answer in questions:
+        print(f"{kind:9} {question} {answer if isinstance(answer, str) else ' / '.join(answer)}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        image.save(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,16 @@
 """Trains tiny's tokenizer.json: a byte-fallback BPE in the published Llama form, about 600 pieces instead of 32,000.
 
-    python tiny/tokenizer.py
+    python tiny/tokenizer.py    # writes tiny/new/tokenizer.json
+
+It finds the pieces of the shipped tokenizer.json and gives some of them other ids: the shipped one was made once, and
+tiny knows its ids. A tokenizer that is made anew is for a tiny that is trained anew.
 
 The published file has no pre-tokenizer, so nothing would stop the trainer from gluing words together ("▁of▁the"). Hence
 it is trained with one, which cuts before each word and around each sign, and the file is written without: no merge
 crosses a cut, so encoding is the same with and without it.
 """
 
+import argparse
 import json
 import random
 from pathlib import Path
@@ -52,7 +56,9 @@ def corpus():
     for i in range(3000):
         rng = random.Random(f"words {i}")
         things = scenes.arrange(rng)
-        for _, question, answer in scenes.ask(rng, things):
+        for kind, question, answer in scenes.ask(rng, things):
+            if kind == "missing":  # is newer than the tokenizer, and its words are there without it
+                continue
             yield f"USER:\n{question} ASSISTANT: {answer}"
     for line in ENGLISH.strip().splitlines() * 60:
         yield line
@@ -104,6 +110,20 @@ def published_form(trained):
     }
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(
+        description="Make a tokenizer for tiny from the words of its world. Writes one file, --out, and nothing else.")
+    parser.add_argument("--out", type=Path, default=FOLDER / "new" / "tokenizer.json", metavar="FILE",
+                        help="where to write it (tiny/new/tokenizer.json)")
+    parser.add_argument("--overwrite", action="store_true", help="even where there is a file already")
+    args = parser.parse_args()
+    if args.out.exists() and not args.overwrite:
+        parser.error(f"{args.out} is there already: name another --out, or add --overwrite to write over it")
     text = json.dumps(published_form(train()), ensure_ascii=False, indent=1)
-    (FOLDER / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,18 @@
 """Trains tiny in LLaVA's stages, from random numbers to a checkpoint in the published layout.
 
-    python tiny/train.py                      # 35 minutes on two cores, by the 63 s of --scale 0.03; writes tiny/new
-    python tiny/train.py --scale 0.02         # a minute, to watch the stages go by
+    python tiny/train.py                      # both parts, into tiny/new
+    python tiny/train.py --scale 0.02         # a short run, to watch the stages go by
     python tiny/train.py --resume             # goes on where a run was cut off
-    python tiny/train.py --evaluate tiny      # the table in tiny/README.md
+    python tiny/train.py --talk FOLDER        # part 2 alone, from a checkpoint that part 1 has made
 
-    stage       what learns            what it is shown
-    eye         the vision tower       pictures: each patch says what covers it (by four heads, thrown away later)
-    voice       Llama                  text: a scene in words, a question, its answer
-    projector   the projector alone    pictures, questions and answers; both ends are frozen
-    all         everything             the same
+    part   stage       what learns            what it is shown
+    1      eye         the vision tower       pictures: each patch says what covers it (by four heads, thrown away
+                                              later)
+    1      voice       Llama                  text: a scene in words, a question, its answer
+    1      projector   the projector alone    pictures, questions and answers; both ends are frozen
+    1      all         everything             the same
+    2      talk        projector and Llama    talks (talks.py): several questions, one picture or two, a system
+                                              sentence, things that are missing or in doubt
 
     letter   meaning
     N, P     pictures, patches of a picture
@@ -39,6 +42,8 @@ from llava import Llava, LlavaConfig, Processor, load, save  # noqa: E402
 from vision import PreprocessConfig, VisionConfig, preprocess  # noqa: E402
 
 import scenes  # noqa: E402
+import talks  # noqa: E402
+from evaluate import evaluate  # noqa: E402
 
 # how many questions of each kind about each scene, beside describing it: more of what is learnt late
 WANTED = {"colour": 1, "shape": 2, "count": 2, "where": 4, "relation": 4, "yes/no": 4}
@@ -47,9 +52,14 @@ STAGES = {  # steps, scenes a step, learning rate
     "voice": (800, 8, 2e-3),
     "projector": (200, 8, 2e-3),
     "all": (8000, 8, 2e-3),
+    "talk": (2200, 8, 1.5e-3),
 }
+PART_1 = "all"  # its last stage
+LENGTHS = (224, 416, 416)  # how long the talks of a step are, about, in positions
+POSITIONS = 2000  # of all talks of a step
+DOUBT = 0.3  # of the steps have a talk about what is in doubt
 WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
-LOG_EVERY, SAVE_EVERY = 50, 250
+LOG_EVERY, SAVE_EVERY = 50, 100
 
 VISION = VisionConfig(image_size=56, patch_size=8, hidden_size=96, intermediate_size=384, num_hidden_layers=5,
                       num_attention_heads=4)
@@ -143,24 +153,24 @@ def see(model, heads, rng, worlds, pixels, device):
     return x[:number], loss, ((guess == targets) | (targets == -100)).all(-1)[targets[..., 1] > 0]
 
 
-def eye_step(model, heads, tokenizer, rng, number, device):
+def eye_step(model, heads, processor, rng, number, device):
     worlds, pixels = draw(rng, number)
     _, loss, correct = see(model, heads, rng, worlds, pixels, device)
     return loss, correct
 
 
-def voice_step(model, heads, tokenizer, rng, number, device):
+def voice_step(model, heads, processor, rng, number, device):
     worlds = [scenes.arrange(rng) for _ in range(number)]
     told = [scenes.sentence(rng.sample(things, len(things))) for things in worlds]  # in any order: describing must sort
-    return answer(model, tokenizer, told, [ask(rng, things) for things in worlds], None, device)
+    return answer(model, processor.tokenizer, told, [ask(rng, things) for things in worlds], None, device)
 
 
-def picture_step(model, heads, tokenizer, rng, number, device):
+def picture_step(model, heads, processor, rng, number, device):
     """The eye keeps its own task: without it, it forgot shapes faster than the voice learnt to read them."""
     worlds, pixels = draw(rng, number)
     questions = [ask(rng, things) for things in worlds]
     x, eye_loss, _ = see(model, heads, rng, worlds, pixels, device)
-    loss, correct = answer(model, tokenizer, ["<image>"] * number, questions, model.projector(x), device)
+    loss, correct = answer(model, processor.tokenizer, ["<image>"] * number, questions, model.projector(x), device)
     return loss + eye_loss, correct
 
 
@@ -192,6 +202,39 @@ def answer(model, tokenizer, contexts, questions, features, device):
     return sum(losses) / len(losses), torch.cat(correct)
 
 
+def talk_step(model, heads, processor, rng, number, device):
+    """Whole talks about a few scenes; every answer of a talk is learnt at once. The eye stays as it is."""
+    worlds, pixels = draw(rng, number)
+    length = rng.choice(LENGTHS)
+
+    def enough(talk):
+        said = sum(len(words.split()) for _, words, *_ in talk.turns)
+        return model.vision.grid**2 * len(talk.shown) + 1.6 * said + 3 * len(talk.turns) > length
+
+    told = [talks.talk(rng, worlds, enough) for _ in range(round(POSITIONS / length))]
+    if rng.random() < DOUBT:
+        image, told[0] = talks.doubt(rng, enough)
+        told[0].shown = [number]
+        pixels = torch.cat([pixels, preprocess(image, PICTURE)[None]])
+    with torch.no_grad():
+        (x,) = model.vision(pixels.to(device), [model.config.vision_feature_layer])
+    features = model.projector(x[:, 1:])[[i for talk in told for i in talk.shown]]  # (N, P, D)
+    rows = [talks.encode(processor, talk, features.shape[1]) for talk in told]
+    pad_id = model.config.pad_token_id
+    ids = pad([ids for ids, _ in rows], pad_id, device)  # (B, T)
+    labels = pad([labels for _, labels in rows], -100, device)[:, 1:]  # (B, T - 1)
+    x, *_ = model.llama(model.merge(ids, features), ids != pad_id)
+    taught = labels != -100
+    logits, labels = model.llama.head(x[:, :-1][taught]), labels[taught]  # (words, V), (words)
+    # an answer of n words weighs as much as the root of n answers of one: neither as one of them nor as n
+    numbers = torch.cat([torch.zeros(1, dtype=torch.long, device=device), (labels == processor.eos_id).cumsum(0)[:-1]])
+    lengths = numbers.bincount()
+    weights = lengths[numbers] ** -0.5
+    loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+    wrong = numbers[logits.argmax(-1) != labels].bincount(minlength=len(lengths))
+    return loss, wrong == 0
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The stages
 
@@ -214,7 +257,10 @@ def train(args):
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer(FOLDER / "tokenizer.json")
     model, heads = build(tokenizer)
-    state = {"stage": "eye", "step": 0, "seconds": 0.0}
+    processor = Processor(tokenizer, PICTURE, model.config)
+    state = {"stage": "talk" if args.talk else "eye", "step": 0, "seconds": 0.0}
+    if args.talk and not args.resume:
+        model.load_state_dict(load(str(args.talk), device="cpu", dtype="float32")[0].state_dict())
     if args.resume:
         state = torch.load(args.out / "resume.pt", weights_only=True)
         model.load_state_dict(state["model"])
@@ -226,14 +272,18 @@ def train(args):
         "voice": (voice_step, [(model.llama, 1.0)]),
         "projector": (picture_step, [(model.projector, 1.0)]),
         "all": (picture_step, [(eye, 0.2), (model.projector, 1.0), (model.llama, 1.0)]),
+        "talk": (talk_step, [(model.projector, 1.0), (model.llama, 1.0)]),
     }
     with open(args.out / "train.log", "a" if args.resume else "w") as log:
         if not args.resume:
             print("stage\tstep\tloss\taccuracy\tseconds", file=log)
         for stage in list(STAGES)[list(STAGES).index(state["stage"]) :]:
-            run_stage(stage, *learners[stage], model, heads, tokenizer, state, args, log)
+            run_stage(stage, *learners[stage], model, heads, processor, state, args, log)
             state = {"step": 0, "seconds": state["seconds"]}
-    return model, tokenizer
+            if stage == PART_1:  # part 2 begins from what the checkpoint in the folder holds, however it is started
+                finish(model.half(), processor, args.out)
+                model.float()
+    return model, processor
 
 
 def make_optimizers(learners):
@@ -248,7 +298,7 @@ def make_optimizers(learners):
     return [*muon, torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)]
 
 
-def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, log):
+def run_stage(stage, step_of, learners, model, heads, processor, state, args, log):
     """A linear warm-up and a cosine decay; `state` says where to start and is brought up to date."""
     steps, number, peak = STAGES[stage]
     steps = max(1, round(steps * args.scale))
@@ -267,7 +317,7 @@ def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, lo
             group["lr"] = group["share"] * rate
         # its own stream of scenes for each step, so that a resumed run sees what an unbroken one would have seen
         rng = random.Random(f"{args.seed} {stage} {step}")
-        loss, good = step_of(model, heads, tokenizer, rng, number, args.device)
+        loss, good = step_of(model, heads, processor, rng, number, args.device)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
@@ -288,9 +338,9 @@ def run_stage(stage, step_of, learners, model, heads, tokenizer, state, args, lo
             torch.save(kept, args.out / "resume.pt")
 
 
-def finish(model, tokenizer, folder):
+def finish(model, processor, folder):
     """Write the checkpoint in float16, and two files that only transformers needs, as the published ones have them."""
-    save(model, Processor(tokenizer, PICTURE, model.config), folder)
+    save(model, processor, folder)
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokens |= {"pad_token": "<pad>", "image_token": "<image>"}
     write_json(folder / "tokenizer_config.json", {
@@ -305,68 +355,31 @@ def write_json(file, values):
     file.write_text(json.dumps(values, indent=2) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The measurement
-
-
-def ask_all(model, processor, pictures, items):
-    """The answers to one question about each picture, greedily → how many are exactly right."""
-    hits = 0
-    for start in range(0, len(items), 50):
-        batch = items[start : start + 50]
-        prompts = [f"USER: <image>\n{question} ASSISTANT:" for question, _ in batch]
-        inputs = processor(prompts, pictures[start : start + 50])
-        ids = model.generate(**inputs, max_new_tokens=80)
-        hits += sum(processor.decode(row) == answer for row, (_, answer) in zip(ids, batch, strict=True))
-    return hits
-
-
-def collect(number, held_out):
-    """Scenes that training never saw → {kind: ([picture, ...], [(question, answer), ...])}, `number` of each kind."""
-    table, seed = {kind: ([], []) for kind in scenes.KINDS}, 0
-    while any(len(items) < number for _, items in table.values()):
-        image, questions = scenes.draw(seed, held_out)
-        seed += 1
-        for kind, question, answer in questions:
-            pictures, items = table[kind]
-            if len(items) < number:
-                pictures.append(image)
-                items.append((question, answer))
-    return table
-
-
-def evaluate(folder, number, device):
-    """Print the share of exact answers as a table; in the last column about the next question's picture."""
-    model, processor = load(str(folder), device=device, dtype="float32")
-    fresh, held_out = collect(number, held_out=False), collect(number, held_out=True)
-    totals = [0, 0, 0]
-    print("| kind | fresh scenes | a held-out pair | another picture |\n|---|---|---|---|")
-    for kind in scenes.KINDS:
-        pictures, items = fresh[kind]
-        hits = [ask_all(model, processor, pictures, items), ask_all(model, processor, *held_out[kind]),
-                ask_all(model, processor, pictures[1:] + pictures[:1], items)]
-        totals = [total + hit for total, hit in zip(totals, hits, strict=True)]
-        print(f"| {kind} | {' | '.join(f'{hit / number:.1%}' for hit in hits)} |", flush=True)
-    all_questions = number * len(scenes.KINDS)
-    cells = [f"**{total / all_questions:.1%}** ({total} of {all_questions})" for total in totals]
-    print(f"| **all** | {' | '.join(cells)} |")
-
-
 def main():
-    parser = argparse.ArgumentParser(description="Train tiny, or measure it.")
-    parser.add_argument("--out", type=Path, default=FOLDER / "new", help="where the checkpoint and the log go")
+    parser = argparse.ArgumentParser(
+        description="Train tiny and measure it. Writes the checkpoint, train.log and resume.pt into the folder --out, "
+        "and nothing else. The shipped files in tiny/ are never written over unless --overwrite says so.")
+    parser.add_argument("--out", type=Path, default=FOLDER / "new", metavar="FOLDER", help="where to write (tiny/new)")
+    parser.add_argument("--overwrite", action="store_true", help="even where --out holds a checkpoint already")
+    parser.add_argument("--resume", action="store_true", help="go on from resume.pt in the --out folder")
+    parser.add_argument("--talk", type=Path, metavar="FOLDER", help="part 2 alone, from the checkpoint in this folder")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps: 0.02 for a quick look")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resume", action="store_true", help="go on from resume.pt in the --out folder")
-    parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="measure this checkpoint, train none")
-    parser.add_argument("--questions", type=int, default=300, help="of each kind, to measure with")
+    parser.add_argument("--threads", type=int, default=1, help="1: on a model of this size more wait for each other")
+    parser.add_argument("--questions", type=int, default=100, help="of each kind, to measure with; 0: none")
     args = parser.parse_args()
-    if args.evaluate is None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = train(args)
-        finish(model.half(), tokenizer, args.out)
-    evaluate(args.evaluate or args.out, args.questions, args.device)
+    taken = (args.out / "model.safetensors").exists() and not args.resume
+    if (args.out.resolve() == FOLDER or taken) and not args.overwrite:
+        parser.error(f"{args.out} holds a checkpoint: name another --out, or add --overwrite to write over it")
+    if args.resume and not (args.out / "resume.pt").exists():
+        parser.error(f"there is no resume.pt in {args.out}: name the --out of the run that was cut off")
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model, processor = train(args)
+    finish(model.half(), processor, args.out)
+    if args.questions:
+        evaluate(args.out, args.questions, args.device)
 
 
 if __name__ == "__main__":

@@ -433,11 +433,11 @@ def test_sizes_of_tiny():
 
 @pytest.mark.slow
 def test_table_of_tiny():
-    """The table of answers in tiny/README.md is what its command prints now."""
-    command = "python tiny/train.py --evaluate tiny"
+    """The tables of answers in tiny/README.md are what its command prints now."""
+    command = "python tiny/evaluate.py"
     assert f"    {command}\n" in text("tiny/README.md")
-    table = [line for line in run(command).splitlines() if line.startswith("|")]
-    assert len(table) > 5 and "\n".join(table) in text("tiny/README.md"), "\n".join(table)
+    tables = run(command).strip().split("\n\n")
+    assert len(tables) == 3 and all(f"\n{table}\n" in text("tiny/README.md") for table in tables), "\n\n".join(tables)
 
 
 def test_a_false_figure_is_found():
