@@ -3,6 +3,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import smollm2
 import torch
 from reference import EDGE, FAMILIES, PAD, load_reference, make_checkpoint
 
@@ -66,6 +67,14 @@ def data():
     if "LLAVA_TEST_DATA" not in os.environ:
         pytest.skip("needs real pictures and the published tokenizer: set LLAVA_TEST_DATA to their folder")
     return Path(os.environ["LLAVA_TEST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def real_words(tmp_path_factory):
+    """The folder of a LLaVA whose language model others trained on real words: tests/smollm2.py."""
+    if smollm2.reason():
+        pytest.skip(smollm2.reason())
+    return smollm2.made() or smollm2.make(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture
