@@ -60,8 +60,12 @@ def made():
     return Path(os.environ["LLAVA_SMOLLM2"]) if os.environ.get("LLAVA_SMOLLM2") else None
 
 
-def make(folder):
-    """Write SmolLM2 as the language model of a LLaVA with a random eye → the folder. 540 MB, some seconds."""
+def make(folder, tower=TOWER, preprocessor=PREPROCESSOR, layer=-1, parts=None):
+    """Write SmolLM2 as the language model of a LLaVA → the folder. 540 MB, some seconds.
+
+    tower, layer: its eye's vision_config and which of its hidden states is read. parts: the numbers of eye and
+    projector under their published names, float32; what is not among them is random.
+    """
     from gguf import GGUFReader, dequantize
 
     folder = Path(folder)
@@ -73,9 +77,9 @@ def make(folder):
     image = words.token_to_id("<image>")
     text["vocab_size"] = -(-words.get_vocab_size() // 64) * 64  # as the published ones: rows to spare
     config = {
-        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": TOWER,
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "vision_config": tower,
         "text_config": text, "image_token_index": image, "pad_token_id": 2, "projector_hidden_act": "gelu",
-        "tie_word_embeddings": True, "torch_dtype": "float32", "vision_feature_layer": -1,
+        "tie_word_embeddings": True, "torch_dtype": "float32", "vision_feature_layer": layer,
         "vision_feature_select_strategy": "default",
     }  # fmt: skip
     numbers = {}
@@ -91,11 +95,12 @@ def make(folder):
     drawn = torch.Generator().manual_seed(0)
     for name, shape, _ in tensors(config, torch.float32, torch.float32):
         if not name.startswith("language_model."):
-            numbers[name] = torch.randn(shape, generator=drawn) * shape[-1] ** -0.5 + ("norm" in name)
+            random = torch.randn(shape, generator=drawn) * shape[-1] ** -0.5 + ("norm" in name)
+            numbers[name] = random if parts is None or name not in parts else parts[name].contiguous()
     save_file(numbers, folder / "model.safetensors", metadata={"format": "pt"})
     words.save(str(folder / "tokenizer.json"))
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    for name, content in ("config", config), ("preprocessor_config", PREPROCESSOR), ("generation_config", generation):
+    for name, content in ("config", config), ("preprocessor_config", preprocessor), ("generation_config", generation):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2))
     return folder
 
