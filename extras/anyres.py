@@ -273,9 +273,7 @@ def features(encode, pixel_values, image_sizes, plan, newline, alone=None):
     alone = [shape[1:2] != (1,)] * len(sizes) if alone is None else alone
     number = [tiles(*size, plan, a) for size, a in zip(sizes, alone, strict=True)]
     if len(shape) != 5 or shape[0] != len(sizes) or shape[1] < max(number):
-        raise ValueError(
-            f"image_sizes {sizes!r:.80}, {number!r:.80} tiles, do not belong to pixel_values of shape {shape}"
-        )
+        raise ValueError(f"image_sizes {sizes!r:.80} ({number!r:.80} tiles) do not belong to pixel_values of {shape}")
     x = encode(torch.cat([own[:n] for own, n in zip(pixel_values, number, strict=True)]))  # (all tiles, P, D)
     return [pack(own, *size, plan, newline) for own, size in zip(x.split(number), sizes, strict=True)]
 
@@ -286,9 +284,7 @@ def pack(x, height, width, plan, newline):
     height, width: of the original. newline: (D,), in any dtype. Raises ValueError for features that fill no square.
     """
     if x.shape[1] != plan.side**2:
-        raise ValueError(
-            f"a tile has {x.shape[1]} features, not {plan.side} x {plan.side}: this tower has another strategy"
-        )
+        raise ValueError(f"a tile has {x.shape[1]} features, not {plan.side} x {plan.side}: another strategy fits")
     newline = newline.to(x)
     if len(x) == 1:
         return torch.cat([x[0], newline[None]])  # (M, D)
