@@ -139,9 +139,8 @@ def frequencies(config):
 
 
 def rope_angles(position_ids, frequencies):
-    """Position m turns each pair of dimensions by m times its frequency:
-
-    position_ids (B, T) int → cos, sin, each float32 (B, 1, T, E), the same for every head (LlamaRotaryEmbedding).
+    """Angles of m times its frequency for each pair of dimensions at position m (LlamaRotaryEmbedding):
+    position_ids (B, T) int → cos, sin, each float32 (B, 1, T, E), the same for every head.
     """
     angles = position_ids[:, None, :, None].float() * frequencies.to(position_ids.device)  # (B, 1, T, E / 2)
     angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, E)

@@ -29,7 +29,6 @@ if __name__ == "__main__":  # the command line is a file of its own, which impor
 
     raise SystemExit(cli.program())
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +51,6 @@ class LlavaConfig:
     classes after it.
     """
 
-    model_type: str = "llava"
     vision_config: vision.VisionConfig = field(default_factory=vision.VisionConfig)
     text_config: llama.TextConfig = field(default_factory=llama.TextConfig)
     image_token_index: int = 32000
@@ -66,6 +64,7 @@ class LlavaConfig:
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     eos_token_id: int | list | None = None  # generation_config.json has the last word on where an answer ends
+    model_type: str = "llava"
     description: str | None = None  # printed when the command line has loaded the model
 
     @property
@@ -117,7 +116,7 @@ class Llava(nn.Module):
         self.vision = vision.VisionTower(config.vision_config)
         self.projector = Projector(config)
         self.llama = llama.Llama(config.text_config)
-        in_parts = config.image_grid_pinpoints is not None
+        in_parts = config.image_grid_pinpoints is not None  # pictures, each with a number of features of its own
         self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size)) if in_parts else None
 
     @property
@@ -249,7 +248,7 @@ class Llava(nn.Module):
         are. Rows of unequal length are padded on the left, or on the right if the mask says that they were.
         """
         is_image = input_ids == self.config.image_token_index  # (B, T)
-        if int(is_image.sum()) != len(counts):  # expanded, or wrong, which merge reports
+        if not counts or int(is_image.sum()) != len(counts):  # expanded, or wrong, which merge reports
             return input_ids, attention_mask, labels
         new = input_ids.shape[1]
         past, mask = attention_mask[:, :-new], attention_mask[:, -new:]
@@ -278,9 +277,7 @@ class Llava(nn.Module):
         """An empty cache for max_length positions, a dict of tensors; see llama.init_kv_cache for what is in it."""
         return llama.init_kv_cache(self.llama.config, batch_size, max_length, self.dtype, self.device)
 
-    def prefill(
-        self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, room=0, image_sizes=None
-    ):  # fmt: skip
+    def prefill(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, room=0, image_sizes=None):
         """Read whole prompts → (logits of the token after each, (B, V); the cache, with `room` more positions free).
 
         kv_cache: the prompts go on from it; None: a new one. Padding goes to the left, wherever it was: the next token
@@ -294,8 +291,8 @@ class Llava(nn.Module):
         if kv_cache is None:
             kv_cache = self.init_kv_cache(B, T + room)
         llama.check_room(kv_cache, T + room)
-        inputs = dict(pixel_values=pixel_values, image_sizes=image_sizes, attention_mask=attention_mask)
-        logits = self(input_ids, **inputs, kv_cache=kv_cache, logits_to_keep=1).logits  # (B, 1, V)
+        options = dict(kv_cache=kv_cache, logits_to_keep=1, image_sizes=image_sizes)
+        logits = self(input_ids, pixel_values, attention_mask, **options).logits  # (B, 1, V)
         return logits[:, -1], kv_cache
 
     def step(self, ids, kv_cache, real):
@@ -321,8 +318,8 @@ class Llava(nn.Module):
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         eos = torch.tensor(self.config.eos_token_ids, device=self.device)
         going = torch.ones(len(input_ids), dtype=torch.bool, device=self.device)  # (B,)
-        prompt = input_ids, pixel_values, attention_mask, kv_cache
-        logits, kv_cache = self.prefill(*prompt, room=max_new_tokens - 1, image_sizes=image_sizes)
+        prompt, room = (input_ids, pixel_values, attention_mask, kv_cache), max_new_tokens - 1
+        logits, kv_cache = self.prefill(*prompt, room, image_sizes)
         for i in range(max_new_tokens):
             ids = llama.sample(logits, temperature, top_k, top_p, generator).where(going, self.config.padding)  # (B,)
             yield ids
@@ -409,33 +406,21 @@ def as_list(x):
 # The prompt
 
 
-@dataclass
-class Form:
-    """How a conversation is written down: this is LLaVA-1.5's way, extras/forms.py has those of the others.
-
-    A pair stands before and behind the words of a role, or a picture. <…> is a special token, if there is one.
-    """
-
-    system: tuple = ("", " ")
-    user: tuple = ("USER: ", " ASSISTANT:")
-    assistant: tuple = (" ", "")
-    picture: tuple = ("", "\n")
-    end: str | None = None  # the token behind the last answer; None: the first of the config's ends
-    between: str | None = None  # what stands behind an answer that another turn follows; None: the same
-    opening: str = ""  # the system's words in a conversation that has none of its own
-
-
 class Processor:
     """Text and pictures → what the model takes, and ids → text (LlavaProcessor).
 
     tokenizer: a llama.Tokenizer. open_image: what decodes a picture that is given as a path.
     """
 
-    def __init__(self, tokenizer, preprocess_config, config, open_image=vision.open_image, form=None):
+    def __init__(self, tokenizer, preprocess_config, config, open_image=vision.open_image):
+        from extras import forms
+
         self.tokenizer, self.preprocess_config, self.config = tokenizer, preprocess_config, config
-        self.open_image, self.form = open_image, form or Form()
+        self.open_image, self.form = open_image, forms.choose(config, tokenizer)
         self.image_id, self.pad_id = config.image_token_index, config.padding
         self.eos_id = config.eos_token_ids[0] if self.form.end is None else tokenizer.id(self.form.end)
+        if self.eos_id not in config.eos_token_ids:  # the end of a turn ends an answer, whatever the config says
+            config.eos_token_id = [*config.eos_token_ids, self.eos_id]
         self.image_token = tokenizer.spelling.get(self.image_id)  # <image> in nearly all
         if self.image_token is None or tokenizer.id("<image>") not in (None, self.image_id):
             named = f"tokenizer.json gives <image> the id {tokenizer.id('<image>')}"
@@ -506,35 +491,14 @@ class Processor:
         return anyres.of_processor(self, images, ids, pad)
 
     def pieces(self, turns, images=0, going_on=False):
-        """A conversation as a list of pieces: plain text as str, special tokens as their ids.
+        """A conversation as a list of pieces: plain text as str, special tokens as their ids. So a special token is one
+        that the form puts there, never one that somebody has typed. LLaVA-1.5's form, others are in extras/forms.py:
 
-        So a special token is one that the form puts there, never one that somebody has typed. going_on: what was said
-        before ends with an answer, without its end.
+            USER: <image>\nWhat is there? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:
+
+        going_on: what was said before ends with an answer, without its end.
         """
-        form, pieces, numbered = self.form, [], any(len(turn) > 2 for turn in turns)
-        if form.opening and not going_on and turns[0][0] == "user":
-            turns = [("system", form.opening), *turns]
-        for role, words, *number in turns:
-            if not isinstance(words, str):
-                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
-            if role not in ("system", "user", "assistant"):
-                raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
-            if going_on:
-                pieces += [self.eos_id] if form.between is None else self.special(form.between)
-            own = 0  # pictures: without numbers the first user turn takes them all
-            if role == "user":
-                own = sum(number) if numbered else images
-            left, right, before, behind = map(self.special, (*form.picture, *getattr(form, role)))
-            pieces += [*before, *[*left, self.image_id, *right] * own, words, *behind]
-            images, going_on = images - own, role == "assistant"
-        if images:
-            raise ValueError("pictures were given, but not as many as the user's turns are about")
-        return [*pieces, self.eos_id] if going_on else pieces
-
-    def special(self, text):
-        """A string of the form as pieces."""
-        ids = {name: i for i, name in self.tokenizer.spelling.items()}
-        return [ids.get(part, part) for part in re.split(r"(<[^<>\s]+>)", text) if part]
+        return self.form.pieces(self, turns, images, going_on)
 
     def as_text(self, pieces):
         """Pieces → the string that they stand for."""
@@ -556,7 +520,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     saved. In a process group of torch.distributed each process holds its part of the language model.
     Raises ValueError or OSError with a complete message; no weights are read before everything is checked.
     """
-    from extras import checks, forms, hub, speed
+    from extras import checks, hub, speed
 
     device, dtype = speed.choose(device, dtype, quantize, compile)  # refuses what this machine does not have
     folder = hub.find(model, revision)  # downloads all but the weights
@@ -564,9 +528,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     config = weights.read_config(folder, LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     preprocess_config = weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
     tokenizer = checks.Tokenizer(folder / "tokenizer.json", config.text_config)
-    form = forms.choose(config, tokenizer)
-    config.eos_token_id = forms.ends(config, form, tokenizer)  # the end of a turn, too
-    processor = Processor(tokenizer, preprocess_config, config, checks.open_image, form)
+    processor = Processor(tokenizer, preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet
         llava = Llava(config).eval()
     found = weights.scan(llava, hub.complete(model, folder))  # downloads the weights

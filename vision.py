@@ -172,7 +172,7 @@ class VisionConfig:
     """The vision_config of config.json, in its own field names; defaults: transformers' CLIPVisionConfig.
 
     The published files leave out layer_norm_eps, num_channels and hidden_act: the defaults are part of the model.
-    The last three are not in the files: they are what makes one kind of tower another, and KINDS has them.
+    The three before model_type are not in the files: they are what makes one kind of tower another, and KINDS has them.
     """
 
     KINDS: ClassVar = {  # model_type → what is different from a CLIP, by SiglipVisionConfig and SiglipVisionModel
@@ -182,7 +182,6 @@ class VisionConfig:
             class_token=False, first_norm=False, patch_bias=True,
         ),
     }  # fmt: skip
-    model_type: str = "clip_vision_model"
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -195,6 +194,7 @@ class VisionConfig:
     class_token: bool = True  # one position more, in front
     first_norm: bool = True  # a layer norm before the first block
     patch_bias: bool = False
+    model_type: str = "clip_vision_model"
 
 
 def quick_gelu(x):
@@ -276,11 +276,10 @@ class VisionTower(nn.Module):
                 f"pixel_values has the shape {tuple(pixel_values.shape)}; the tower takes (pictures, 3, {size}, {size})"
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        x = patches.flatten(2).transpose(1, 2)  # (N, P, C)
-        if self.class_embedding is not None:
-            cls = self.class_embedding.expand(len(x), 1, -1)  # (N, 1, C)
-            x = torch.cat([cls, x], dim=1)  # (N, S, C)
-        return self.pre_norm(x + self.position_embedding)
+        patches = patches.flatten(2).transpose(1, 2)  # (N, P, C)
+        cls = [] if self.class_embedding is None else [self.class_embedding.expand(len(patches), 1, -1)]
+        x = torch.cat([*cls, patches], dim=1) + self.position_embedding  # (N, S, C)
+        return self.pre_norm(x)
 
     def forward(self, pixel_values, layers):
         """Pictures (N, 3, H, W) → hidden states of the asked layers, a list of (N, S, C), none through post_norm.

@@ -149,7 +149,6 @@ def fill(cls, values, where, defaults=None, **fixed):
     return cls(**{**(defaults or {}), **{name: value for name, value in values.items() if name in known}})
 
 
-MODELS = ("llava", "llava_next", "llava_onevision", "vipllava")
 ALIASES = {"image_token_id": "image_token_index", "vision_feature_layers": "vision_feature_layer"}
 PUBLISHED_TOWER = dict(  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -171,20 +170,17 @@ def read_config(folder, llava_config, text_config, vision_config, clean=lambda v
     """
     where = folder / "config.json"
     values = read_json(where)
-    check_kind(values, where, text_config, vision_config)
     values = clean(values, where)
     for alias, name in ALIASES.items():
         if alias in values:
             values.setdefault(name, values.pop(alias))
     text, tower = values.pop("text_config", None) or {}, values.pop("vision_config", None) or PUBLISHED_TOWER
-    kind = text.get("model_type", "llama")
-    defaults = {"model_type": kind, **text_config.KINDS[kind]}
+    defaults = kind_of(text_config, text)
     window = text.pop("sliding_window", defaults.get("sliding_window"))  # null is none, and not the default
     if "sliding_window" in defaults:  # the other kinds have none, whatever their configs say
         defaults["sliding_window"] = window
     text = fill(text_config, rope(text, where), f"{where}: text_config", defaults, **TEXT_FIXED)
-    kind = tower.get("model_type", "clip_vision_model")
-    defaults = {"model_type": kind, **vision_config.KINDS[kind]}
+    defaults = kind_of(vision_config, tower)
     act = vision_config(**defaults).hidden_act
     tower = fill(vision_config, tower, f"{where}: vision_config", defaults, hidden_act=act)
     if (folder / "generation_config.json").exists():  # it has the last word on where an answer ends
@@ -195,6 +191,12 @@ def read_config(folder, llava_config, text_config, vision_config, clean=lambda v
     config.text_config, config.vision_config = text, tower
     text.tie_word_embeddings = config.tie_word_embeddings = text.tie_word_embeddings or config.tie_word_embeddings
     return config
+
+
+def kind_of(cls, values):
+    """The defaults of the kind that a part's model_type names, of those that the part's class knows."""
+    kind = values.get("model_type") or next(iter(cls.KINDS))
+    return {"model_type": kind, **cls.KINDS[kind]}
 
 
 def rope(text, where):
@@ -208,20 +210,6 @@ def rope(text, where):
     if None in numbers:
         raise ValueError(f"{where}: text_config.rope_scaling lacks {ROPES[kind][numbers.index(None)]} of {kind}")
     return text | scaling | {"rope_scaling": numbers or None}
-
-
-def check_kind(values, where, text_config, vision_config):
-    """Raise ValueError that says which other kind of model a config.json describes."""
-    if "mm_vision_tower" in values or "mm_projector_type" in values:
-        raise ValueError(f"{where} is in the authors' own format: use the same model as llava-hf converted it")
-    if values.get("model_type") not in MODELS:
-        names = values.get("architectures")
-        name = names[0] if isinstance(names, list) and names else values.get("model_type")
-        raise ValueError(f"{where} describes a {name}; this is LLaVA and nothing else: {', '.join(MODELS)}")
-    for part, cls in {"text_config": text_config, "vision_config": vision_config}.items():
-        kind = (values.get(part) or {}).get("model_type", next(iter(cls.KINDS)))
-        if kind not in [*cls.KINDS]:
-            raise ValueError(f"{where}: {part}.model_type is {kind!r}; supported: {', '.join(cls.KINDS)}")
 
 
 STEPS = {step: True for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")}

@@ -54,6 +54,7 @@ import vision
 
 MOST_TILES = 100  # of a grid: each is a picture for the tower; the published grids have up to 36
 MOST_GRIDS = 1000
+MISSING = "image_sizes are missing: the (height, width) of each picture before it was cut into tiles"
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def features(encode, pixel_values, image_sizes, plan, newline, alone=None):
     ValueError for image_sizes that do not belong to these pixel_values.
     """
     if image_sizes is None:
-        raise ValueError("image_sizes are missing: the (height, width) of each picture before it was cut into tiles")
+        raise ValueError(MISSING)
     sizes = check_sizes(image_sizes)
     shape = tuple(pixel_values.shape)
     alone = [shape[1:2] != (1,)] * len(sizes) if alone is None else alone
@@ -313,6 +314,36 @@ def shrink(x, plan):
     if size == tuple(x.shape[:2]):
         return x
     return F.interpolate(x.permute(2, 0, 1)[None].contiguous(), size, mode="bilinear")[0].permute(1, 2, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The doors: llava.get_image_features, llava.feature_counts, llava.Processor.pixels
+
+
+def of_model(model, encode, pixel_values, image_sizes, input_ids=None):
+    """features, for a Llava. input_ids (B, T): in which the pictures stand; they tell which of them are alone."""
+    own, alone = plan(model.config), None
+    if input_ids is not None and image_sizes is not None:
+        alone = lone(input_ids, model.config.image_token_index, image_sizes, own)
+    return features(encode, pixel_values, image_sizes, own, model.image_newline, alone)
+
+
+def counts_of_model(model, image_sizes, input_ids):
+    """counts, for a Llava. Raises ValueError if the sizes are missing."""
+    if image_sizes is None:
+        raise ValueError(MISSING)
+    own = plan(model.config)
+    return counts(image_sizes, own, lone(input_ids, model.config.image_token_index, image_sizes, own))
+
+
+def of_processor(processor, images, ids, pad=None):
+    """prepare, for a Processor, whose pictures stand in ids (B, T). pad: put each on a square first."""
+    if pad:
+        colour = vision.mean_colour(processor.preprocess_config)
+        images = [vision.expand_to_square(vision.to_rgb(image), colour) for image in images]
+    numbers = (ids == processor.image_id).sum(1).tolist()  # of the pictures of each row
+    alone = [number == 1 for number in numbers for _ in range(number)]
+    return prepare(images, processor.preprocess_config, plan(processor.config), alone)
 
 
 # ----------------------------------------------------------------------------------------------------------------

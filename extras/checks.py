@@ -21,7 +21,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import anyres, other_formats
+from extras import other_formats
 from extras.family import clean
 from extras.intake import open_image  # noqa: F401 (for llava.load)
 
@@ -194,7 +194,7 @@ def checkpoint(folder):
         for text in [place for place in parts if place.endswith("text_config")]:
             parts |= {f"{text}: {rope}": part(parts[text], rope, text) for rope in ("rope_scaling", "rope_parameters")}
         if name == "config.json":
-            weights.check_kind(values, where, llama.TextConfig, vision.VisionConfig)  # the fields of another kind of model are no matter of ours
+            other_formats.check_kind(values, where)  # the fields of another kind of model are no matter of ours
             other_formats.check_quantization(values, where)
         for place, section in {str(where): values, **parts}.items():
             fields(section, place)

@@ -115,8 +115,8 @@ class Record:
             self.stages.append(Stage(name, tuple(tensor.shape), written_dtype(tensor), self.lap(), tensor.nbytes))
 
     def first(self, model, args, kwargs):
-        """The pass over the prompt, whose ids and pixels Llava.prefill gives by position."""
-        self.ids, self.kv_cache = model.expanded(*args[:2])[0], kwargs["kv_cache"]
+        """The pass over the prompt."""
+        self.ids, self.kv_cache = args[0], kwargs["kv_cache"]  # Llava.prefill has expanded them
         self.note("ids", self.ids)
         if args[1] is not None:
             self.note("pixels", args[1])

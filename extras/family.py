@@ -31,6 +31,7 @@ class Kind:
     text: str = "llama"
 
 
+OURS = ("image_grid_pinpoints", "vision_aspect_ratio", "video_token_index", "projector_layernorm_eps")
 KINDS = {
     "llava": Kind("LlavaForConditionalGeneration", "LlavaProcessor", None),
     "vipllava": Kind(

@@ -1,11 +1,57 @@
 """Prompts: how each checkpoint writes a conversation down, as rows of strings.
 
-LLaVA-1.5's way is llava.Form itself. Which other one a checkpoint was trained with stands in none of its configs; but the
-kind of model and the special tokens that its tokenizer has tell. docs/departures.md says where published templates and
+Which one a checkpoint was trained with stands in none of its configs; but the kind of model and the special tokens that
+its tokenizer has tell. docs/departures.md says where published templates and
 documentation disagree, and which of them is followed.
 """
 
-from llava import Form
+import re
+from dataclasses import dataclass
+
+
+@dataclass
+class Form:
+    """How a conversation is written down: the defaults are LLaVA-1.5's way.
+
+    A pair stands before and behind the words of a role, or a picture. <…> is a special token, if there is one.
+    """
+
+    system: tuple = ("", " ")
+    user: tuple = ("USER: ", " ASSISTANT:")
+    assistant: tuple = (" ", "")
+    picture: tuple = ("", "\n")
+    end: str | None = None  # the token behind the last answer; None: the first of the config's ends
+    between: str | None = None  # what stands behind an answer that another turn follows; None: the same
+    opening: str = ""  # the system's words in a conversation that has none of its own
+
+    def pieces(self, processor, turns, images=0, going_on=False):
+        """Processor.pieces: a conversation as a list of text and of ids of special tokens."""
+        tokenizer, pieces, numbered = processor.tokenizer, [], any(len(turn) > 2 for turn in turns)
+        if self.opening and not going_on and turns[0][0] == "user":
+            turns = [("system", self.opening), *turns]
+        for role, words, *number in turns:
+            if not isinstance(words, str):
+                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
+            if role not in ("system", "user", "assistant"):
+                raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
+            if going_on:
+                pieces += [processor.eos_id] if self.between is None else special(self.between, tokenizer)
+            own = 0  # pictures: without numbers the first user turn takes them all
+            if role == "user":
+                own = sum(number) if numbered else images
+            left, right, before, behind = (special(x, tokenizer) for x in (*self.picture, *getattr(self, role)))
+            pieces += [*before, *[*left, processor.image_id, *right] * own, words, *behind]
+            images, going_on = images - own, role == "assistant"
+        if images:
+            raise ValueError("pictures were given, but not as many as the user's turns are about")
+        return [*pieces, processor.eos_id] if going_on else pieces
+
+
+def special(text, tokenizer):
+    """A string of a form as pieces: the special tokens in it as their ids."""
+    ids = {name: i for i, name in tokenizer.spelling.items()}
+    return [ids.get(part, part) for part in re.split(r"(<[^<>\s]+>)", text) if part]
+
 
 CURIOUS = (  # "human", where LLaVA-1.5's authors write "user"
     "A chat between a curious human and an artificial intelligence assistant. "
@@ -87,9 +133,3 @@ def choose(config, tokenizer):
     for *wanted, needed, form in ROWS:
         if names.issuperset(needed) and all(want in (ANY, kind) for want, kind in zip(wanted, kinds, strict=True)):
             return form
-
-
-def ends(config, form, tokenizer):
-    """The ids that end an answer: the config's, and the end of a turn, whatever eos_token_id says."""
-    end = [] if form.end is None else [tokenizer.id(form.end)]
-    return [*dict.fromkeys([*config.eos_token_ids, *end])]
