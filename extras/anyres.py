@@ -132,9 +132,9 @@ def cut(image, plan, resample, alone=True, colour=None):
     one tile, the picture on a square of this colour. Raises ValueError for a picture that would take gigabytes.
     """
     tile = (plan.tile, plan.tile)
+    grid = choose(image.height, image.width, plan)  # refuses an empty picture
     if not tiled(plan, alone):
         return [vision.expand_to_square(image, colour).resize(tile, resample)]
-    grid = choose(image.height, image.width, plan)
     height, width = fit(image.height, image.width, grid)
     held = max(width, plan.tile) * image.height + 8 * max(image.size)  # by Pillow: the rows, scaled; and its weights
     if held > vision.MAX_PIXELS:
@@ -250,7 +250,7 @@ def lone(input_ids, image_token, image_sizes, plan):
 def check_sizes(image_sizes):
     """image_sizes (N, 2) as a list of pairs of Python's whole numbers. Raises ValueError if they are something else."""
     sizes = image_sizes if isinstance(image_sizes, torch.Tensor) else torch.tensor(image_sizes)
-    if sizes.dim() != 2 or sizes.shape[1] != 2 or sizes.is_floating_point() or (sizes < 1).any():
+    if sizes.dim() != 2 or sizes.shape[1] != 2 or not len(sizes) or sizes.is_floating_point() or (sizes < 1).any():
         raise ValueError(f"image_sizes has to hold (height, width) of each picture in whole pixels, not {sizes!r:.200}")
     return sizes.tolist()
 
