@@ -352,12 +352,14 @@ def test_packing_by_hand():
     assert anyres.pack(x, 9, 18, plan, torch.tensor([-1.0]))[4:, 0].tolist() == [4, 5, 8, 9, -1, 6, 7, 10, 11, -1]
 
 
-def test_the_newline_takes_the_dtype_of_the_features_and_learns():
-    newline = torch.randn(3, dtype=torch.float16).requires_grad_()
-    x = random_tiles(61, 44, SMALL_NEXT).float().requires_grad_()
+@pytest.mark.parametrize("stored, used", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_the_newline_takes_the_dtype_of_the_features_and_learns(stored, used):
+    newline = torch.randn(3, dtype=stored).requires_grad_()
+    x = random_tiles(61, 44, SMALL_NEXT).to(used).requires_grad_()
     packed = anyres.pack(x, 61, 44, SMALL_NEXT, newline)
-    assert packed.dtype == torch.float32
-    packed.sum().backward()
+    assert packed.dtype == used
+    assert anyres.pack(x[:1], 61, 44, SMALL_NEXT, newline).dtype == used
+    packed.float().sum().backward()
     assert newline.grad.tolist() == [anyres.map_size(61, 44, SMALL_NEXT)[0]] * 3
     assert x.grad[0].eq(1).all() and x.grad[1:].sum() / 3 == len(packed) - 16 - newline.grad[0]
 
