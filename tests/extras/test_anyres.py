@@ -22,7 +22,7 @@ from transformers.models.llava_onevision import modeling_llava_onevision
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 import vision
-from extras import anyres
+from extras import anyres, lens
 
 NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # in tiles: the order decides between equals
 OV_GRIDS = tuple((high, wide) for high in range(1, 7) for wide in range(1, 7))
@@ -151,7 +151,7 @@ def compare_pack(height, width, plan, alone=True):
     ours = anyres.pack(tiles, height, width, plan, NEWLINE)
     (theirs,) = reference_pack([tiles], [(height, width)], plan, NEWLINE)
     assert torch.equal(ours, theirs), (height, width)
-    assert len(ours) == anyres.count(height, width, plan, alone) == len(anyres.boxes(height, width, plan, alone))
+    assert len(ours) == anyres.count(height, width, plan, alone) == len(lens.tile_boxes(height, width, plan, alone))
 
 
 def sizes(number, longest, seed=0):
@@ -487,7 +487,7 @@ def test_the_way_back_from_a_position_to_the_photo(size, plan, alone):
     tiles = anyres.preprocess(photo, config, plan, alone)[0].double()
     means = torch.nn.functional.avg_pool2d(tiles, plan.patch).flatten(2).transpose(1, 2)  # the "tower"
     x = anyres.pack(means, height, width, plan, torch.full((3,), torch.nan)).numpy()
-    boxes = anyres.boxes(height, width, plan, alone)
+    boxes = lens.tile_boxes(height, width, plan, alone)
     assert boxes.dtype == np.float64 and np.array_equal(np.isnan(boxes), np.isnan(x[:, [0, 0, 0, 0]]))
     inside = (boxes >= -1e-9).all(1) & (boxes[:, 2] <= width + 1e-9) & (boxes[:, 3] <= height + 1e-9)
     inside &= x[:, 2] > 0.999  # no black, and no colour of a square, has been mixed in
@@ -500,13 +500,13 @@ def test_the_way_back_from_a_position_to_the_photo(size, plan, alone):
 
 def test_boxes_by_hand():
     """480 x 640, the drawing in the docstring: 84 rows of black, at 504/480 pixels for one of the photo."""
-    boxes = anyres.boxes(480, 640, NEXT)
+    boxes = lens.tile_boxes(480, 640, NEXT)
     assert boxes.shape == (2340, 4) and np.isnan(boxes[576 + 48 :: 49]).all() and np.isnan(boxes).sum() == 4 * 36
     assert boxes[[0, 575]].round(3).tolist() == [[0, 0, 26.667, 20], [613.333, 460, 640, 480]]
     assert boxes[[576, 576 + 47, 2338]].round(3).tolist() == [
         [0, 0, 13.333, 13.333], [626.667, 0, 640, 13.333], [626.667, 466.667, 640, 480]
     ]  # fmt: skip
-    top, bottom = anyres.boxes(1080, 1920, NEXT)[[576, -2]]
+    top, bottom = lens.tile_boxes(1080, 1920, NEXT)[[576, -2]]
     assert top[1] == -20 and bottom[3] == 1100  # 28 rows of the 27 that it covers: half a row too many on each side
 
 
@@ -515,7 +515,7 @@ def test_the_map_covers_the_photo_without_gaps(kind):
     """But for the pixels that fill no patch, and where a shrunk map ends a tile."""
     plan = PLANS[kind]
     for height, width in [(61, 44), (44, 61), (300, 280), (200, 30)]:
-        boxes = anyres.boxes(height, width, plan)
+        boxes = lens.tile_boxes(height, width, plan)
         rows, columns = anyres.map_size(height, width, plan)
         own = boxes[plan.side**2 :].reshape(rows, columns + 1, 4)[:, :-1]
         scaled = anyres.fit(height, width, anyres.choose(height, width, plan))
@@ -601,7 +601,7 @@ def test_a_picture_that_would_take_gigabytes(size, monkeypatch):
 def test_tens_of_thousands_of_pixels_are_cut_like_any():
     for size in [(1, 50_000), (50_000, 1)]:
         pixels = compare_pixels([picture(*size)], SMALL_NEXT)
-        assert len(anyres.boxes(*size[::-1], SMALL_NEXT)) == anyres.count(*size[::-1], SMALL_NEXT)
+        assert len(lens.tile_boxes(*size[::-1], SMALL_NEXT)) == anyres.count(*size[::-1], SMALL_NEXT)
         assert pixels.shape[1] == 3
     image = picture(1, 50_000)
     with pytest.raises(ValueError, match="too long for a square"):
