@@ -45,7 +45,6 @@ import re
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -133,9 +132,9 @@ def cut(image, plan, resample, alone=True, colour=None):
     one tile, the picture on a square of this colour. Raises ValueError for a picture that would take gigabytes.
     """
     tile = (plan.tile, plan.tile)
+    grid = choose(image.height, image.width, plan)  # refuses an empty picture
     if not tiled(plan, alone):
         return [vision.expand_to_square(image, colour).resize(tile, resample)]
-    grid = choose(image.height, image.width, plan)
     height, width = fit(image.height, image.width, grid)
     held = max(width, plan.tile) * image.height + 8 * max(image.size)  # by Pillow: the rows, scaled; and its weights
     if held > vision.MAX_PIXELS:
@@ -251,7 +250,7 @@ def lone(input_ids, image_token, image_sizes, plan):
 def check_sizes(image_sizes):
     """image_sizes (N, 2) as a list of pairs of Python's whole numbers. Raises ValueError if they are something else."""
     sizes = image_sizes if isinstance(image_sizes, torch.Tensor) else torch.tensor(image_sizes)
-    if sizes.dim() != 2 or sizes.shape[1] != 2 or sizes.is_floating_point() or (sizes < 1).any():
+    if sizes.dim() != 2 or sizes.shape[1] != 2 or not len(sizes) or sizes.is_floating_point() or (sizes < 1).any():
         raise ValueError(f"image_sizes has to hold (height, width) of each picture in whole pixels, not {sizes!r:.200}")
     return sizes.tolist()
 
@@ -344,47 +343,3 @@ def of_processor(processor, images, ids, pad=None):
     numbers = (ids == processor.image_id).sum(1).tolist()  # of the pictures of each row
     alone = [number == 1 for number in numbers for _ in range(number)]
     return prepare(images, processor.preprocess_config, plan(processor.config), alone)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Back to the photo
-
-
-def boxes(height, width, plan, alone=True):
-    """The rectangle of the original picture that each position shows, in its pixels, in the order of the prompt.
-
-    → (M, 4) float64 left, top, right, bottom, nan for newlines. What lies outside of the picture is padding. A position
-    of a shrunk map stands for its share of the map.
-    """
-    if not tiled(plan, alone):
-        side = max(height, width)
-        down, across = (spans(plan, plan.side) * side / plan.tile - (side - edge) // 2 for edge in (height, width))
-        return np.concatenate([rectangles(down, across), np.full((1, 4), np.nan)])
-    whole = rectangles(*(spans(plan, plan.side) * edge / plan.tile for edge in (height, width)))
-    size, grid = (height, width), choose(height, width, plan)
-    cells = [edge // plan.tile * plan.side for edge in grid]
-    scaled, cut, kept = fit(height, width, grid), margins(height, width, *cells), map_size(height, width, plan)
-    axes = (spans(plan, cells[i] - 2 * cut[i], kept[i], cut[i]) - (grid[i] - scaled[i]) // 2 for i in (0, 1))
-    own = rectangles(*(x * size[i] / scaled[i] for i, x in enumerate(axes))).reshape(*kept, 4)
-    own = np.concatenate([own, np.full((len(own), 1, 4), np.nan)], axis=1)
-    return np.concatenate([whole, own.reshape(-1, 4)])
-
-
-def spans(plan, number, parts=None, first=0):
-    """Where features begin and end along one axis of the grid, in its pixels: (parts, 2).
-
-    number features from the given first one on, divided into so many equal parts; None: one part each. Between two
-    tiles lie the pixels that fill no patch.
-    """
-    parts = number if parts is None else parts
-    ends = first + np.arange(parts + 1) * number / max(parts, 1)
-    begin, end = ends[:-1], ends[1:]
-    last = np.ceil(end) - 1  # the feature in which a part ends
-    begin = begin // plan.side * plan.tile + begin % plan.side * plan.patch
-    return np.stack([begin, last // plan.side * plan.tile + (last % plan.side + end - last) * plan.patch], axis=1)
-
-
-def rectangles(down, across):
-    """Spans (rows, 2) and (columns, 2) → rectangles (rows · columns, 4), row by row."""
-    rows, columns = np.divmod(np.arange(len(down) * len(across)), max(len(across), 1))
-    return np.stack([across[columns, 0], down[rows, 0], across[columns, 1], down[rows, 1]], axis=1)
