@@ -5,12 +5,13 @@ in a checkpoint with its initial values one that is left out would not be notice
 """
 
 import json
-import shutil
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
+from PIL import Image
 from reference import EDGE, PAD, PATCH, PREPROCESSOR, TINY, published_names
 from safetensors.torch import save_file
 
@@ -66,7 +67,7 @@ LINE = {  # name → class, tower, text, the rest of the config, tokens, preproc
     "next-mistral": (NEXT_CLASS, CLIP, {**MISTRAL, "sliding_window": None}, {"image_grid_pinpoints": GRIDS}, [], NEXT),
     "next-qwen": (NEXT_CLASS, CLIP, QWEN2, {"image_grid_pinpoints": GRIDS}, CHATML, NEXT),
     "onevision": (ONE, SIGLIP, {**QWEN2, "tie_word_embeddings": True},
-                  {"image_grid_pinpoints": FINE, "video_token_index": 3}, CHATML, ONEVISION),
+                  {"image_grid_pinpoints": FINE}, [*CHATML, "<video>"], ONEVISION),
 }  # fmt: skip
 TILED = ("next-vicuna", "next-mistral", "next-qwen", "onevision")
 
@@ -111,6 +112,8 @@ def make(folder, name, seed=0, dtype=torch.float32, text=None, tower=None, **top
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
     language = {**language, "vocab_size": vocabulary, **ends, **(text or {})}
+    if "<video>" in tokens:
+        rest = {**rest, "video_token_index": tokenizer.token_to_id("<video>")}
     config = getattr(transformers, f"{kind}Config")(
         vision_config={**vision, **(tower or {})}, text_config=language, image_token_index=image, **{**rest, **top}
     )
@@ -130,12 +133,14 @@ def make(folder, name, seed=0, dtype=torch.float32, text=None, tower=None, **top
     return folder
 
 
+def photo(height, width, seed=0):
+    """A picture of noise: any pixel in another place shows."""
+    drawn = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
+
+
 def reference(folder, dtype=torch.float64):
     """The oracle on a checkpoint."""
     name = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
     cls = getattr(transformers, name)
     return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-
-
-def copy(folder, to):
-    return Path(shutil.copytree(folder, to))
