@@ -8,12 +8,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tokenizers
 import torch
 import transformers
 from PIL import Image
 from reference import EDGE, PAD, PATCH, PREPROCESSOR, TINY, published_names
 from safetensors.torch import save_file
+
+import llava
 
 GRIDS = [[EDGE, 2 * EDGE], [2 * EDGE, EDGE], [2 * EDGE, 2 * EDGE], [3 * EDGE, EDGE], [EDGE, 3 * EDGE]]
 FINE = [[EDGE * high, EDGE * wide] for high in range(1, 7) for wide in range(1, 7)]
@@ -70,6 +73,14 @@ LINE = {  # name → class, tower, text, the rest of the config, tokens, preproc
                   {"image_grid_pinpoints": FINE}, [*CHATML, "<video>"], ONEVISION),
 }  # fmt: skip
 TILED = ("next-vicuna", "next-mistral", "next-qwen", "onevision")
+
+
+QUICK = ("interleave", "joycaption", "vipllava", "next-mistral", "onevision")  # each mechanism once; the rest is slow
+
+
+def params(quick=QUICK):
+    """The names, for parametrize."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in LINE]
 
 
 def write_tokenizer(folder, tokens, image="<image>", bos=True):
@@ -144,3 +155,23 @@ def reference(folder, dtype=torch.float64):
     name = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
     cls = getattr(transformers, name)
     return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+class Made:
+    """The checkpoints of a session, each made when it is asked for."""
+
+    def __init__(self, factory):
+        self.factory, self.folders, self.pairs = factory, {}, {}
+
+    def folder(self, name):
+        if name not in self.folders:
+            self.folders[name] = make(self.factory.mktemp(name), name)
+        return self.folders[name]
+
+    def pair(self, name):
+        """(our model, our processor, the reference), in float64."""
+        if name not in self.pairs:
+            folder = self.folder(name)
+            ours = llava.load(str(folder), device="cpu", dtype=torch.float64)
+            self.pairs[name] = (*ours, reference(folder))
+        return self.pairs[name]

@@ -10,7 +10,7 @@ import torch
 import transformers
 from checkpoints import rename
 from inputs import close
-from line import LINE, TILED, photo
+from line import TILED, photo
 from safetensors.torch import load_file, save_file
 
 import llama
@@ -21,32 +21,7 @@ import weights
 SIZES = [(40, 61), (28, 28), (90, 33), (300, 21)]  # with rows trimmed, with columns, nearly nothing
 
 
-class Made:
-    """The checkpoints of this session, each made when it is asked for."""
-
-    def __init__(self, factory):
-        self.factory, self.folders, self.pairs = factory, {}, {}
-
-    def folder(self, name):
-        if name not in self.folders:
-            self.folders[name] = line.make(self.factory.mktemp(name), name)
-        return self.folders[name]
-
-    def pair(self, name):
-        """(our model, our processor, the reference), in float64."""
-        if name not in self.pairs:
-            folder = self.folder(name)
-            ours = llava.load(str(folder), device="cpu", dtype=torch.float64)
-            self.pairs[name] = (*ours, line.reference(folder))
-        return self.pairs[name]
-
-
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    return Made(tmp_path_factory)
-
-
-@pytest.fixture(params=LINE)
+@pytest.fixture(params=line.params())
 def name(request):
     return request.param
 
@@ -150,7 +125,7 @@ def test_auto_processor_prepares_the_same(made, name, tmp_path):
 
 @pytest.mark.parametrize("layout", "BCDE")
 def test_every_layout_is_read(made, layout, tmp_path):
-    """As versions of transformers, and the authors, name the tensors; the newline and SigLIP's unused end among them."""
+    """As versions of transformers, and the authors, name the tensors, the newline and SigLIP's unused end among them."""
     for name in ("onevision", "mantis", "vipllava"):
         folder = tmp_path / name
         shutil.copytree(made.folder(name), folder)
@@ -391,7 +366,8 @@ def test_the_end_of_a_turn_ends_an_answer(made, monkeypatch):
 
 @pytest.mark.parametrize("wrong, words", [
     (None, "image_sizes are missing"), (torch.tensor([[40, 61], [40, 61]]), "image_sizes"),
-    (torch.tensor([[400, 400]]), "image"), (torch.tensor([[0, 5]]), "image_sizes"), (torch.tensor([40, 61]), "image_sizes"),
+    (torch.tensor([[400, 400]]), "image"), (torch.tensor([[0, 5]]), "image_sizes"),
+    (torch.tensor([40, 61]), "image_sizes"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["next-vicuna", "onevision"])
 def test_sizes_that_do_not_belong_to_the_pixels_are_refused(made, name, wrong, words):
