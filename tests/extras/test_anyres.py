@@ -83,18 +83,19 @@ WORKED = [  # height, width: grid, resized, tiles, map, positions
 def preprocess_config(plan):
     """CLIP's numbers for LLaVA-NeXT, SigLIP's for OneVision."""
     square = {"height": plan.tile, "width": plan.tile}
-    numbers = {} if plan.cap is None else {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
-    return vision.PreprocessConfig(size={"shortest_edge": plan.tile}, crop_size=square, **numbers)
+    if plan.cap is None:
+        return vision.PreprocessConfig({"shortest_edge": plan.tile}, square)
+    return vision.PreprocessConfig(square, square, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
 
 
 def reference_processor(plan, **options):
     config = preprocess_config(plan)
     square, grids = config.crop_size, [list(grid) for grid in plan.grids]
-    kind, size = LlavaNextImageProcessorPil, {"size": config.size, "crop_size": square}
+    kind, crop = LlavaNextImageProcessorPil, {"crop_size": square}
     if plan.cap is not None:
-        kind, size = LlavaOnevisionImageProcessorPil, {"size": square}
+        kind, crop = LlavaOnevisionImageProcessorPil, {}
     numbers = {"image_mean": config.image_mean, "image_std": config.image_std, **options}
-    return kind(**size, image_grid_pinpoints=grids, **numbers)
+    return kind(size=config.size, **crop, image_grid_pinpoints=grids, **numbers)
 
 
 def compare_pixels(images, plan, alone=None, **changes):
