@@ -209,6 +209,25 @@ def test_the_vocabulary_may_be_resized(made, name):
     close(again(**inputs).logits[..., :rows], model(**inputs).logits, 1e-12)
 
 
+def test_the_first_patch_is_dropped_where_there_is_no_class_token(made):
+    """Mantis was trained so: "default" takes the first position away, whatever it is."""
+    model, processor, _ = made.pair("mantis")
+    pixels = processor.prepare([[processor.image_id]], [photo(40, 61)])["pixel_values"]
+    default = model.get_image_features(pixels)
+    full = model.get_image_features(pixels, vision_feature_select_strategy="full")
+    assert default.shape[1] == 15 and torch.equal(default, full[:, 1:]) and model.feature_counts(pixels) == [15]
+
+
+def test_what_a_kind_of_text_has():
+    """Biases: Qwen2's queries, keys and values alone. A window: Mistral's alone. The tensors of a model say the same."""
+    for kind, biased, window in (("llama", False, None), ("mistral", False, 4096), ("qwen2", True, None)):
+        sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        config = llama.TextConfig(**{**llama.TextConfig.KINDS[kind], **sizes, "num_key_value_heads": 1})
+        names = {name.removeprefix("blocks.0.") for name in llama.Llama(config).state_dict() if name.endswith("bias")}
+        assert names == ({f"attention.{name}.bias" for name in ("wq", "wk", "wv")} if biased else set())
+        assert config.sliding_window == window
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Llama 3.1's frequencies
 
