@@ -1,8 +1,8 @@
 """Train a checkpoint on pictures with questions and answers, in the paper's two stages.
 
     python extras/finetune.py FOLDER --out MINE --epochs 20
-    python extras/finetune.py --model MODEL --data train.json --images FOLDER --stage 1 --out FIRST
-    python extras/finetune.py --model FIRST --data train.json --images FOLDER --stage 2 --lora 16 --out SECOND
+    python extras/finetune.py --model MODEL --data FILE --images FOLDER --stage 1 --out FIRST
+    python extras/finetune.py --model FIRST --data FILE --images FOLDER --stage 2 --lora 16 --out SECOND
 
 Then `llava.py --model MINE` answers. The first form: FOLDER holds pictures and a file questions.jsonl, a line for each
 question; extras/conversations.py says what a line looks like. The authors' own JSON is read, too.

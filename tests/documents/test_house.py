@@ -17,7 +17,7 @@ LIMITS = {  # lines, comments and docstrings included; raised only with a reason
 EXTRA = 360  # lines of a file of extras/
 COLUMNS = 120
 SCREEN = 60  # lines of a function of the four
-FOLDERS = ("extras", "tests", "tiny", "docs", "benchmarks", "notebooks")
+FOLDERS = ("extras", "tests", "tiny", "small", "docs", "benchmarks", "notebooks")
 NOT_SAID = {  # in code; comments and docstrings may speak of them
     r"torch\.ops", r"mkldnn", r"int4pack", r"CUDAGraph", r"DeviceMesh", r"\bplacements\b", r"torch\.distributed",
     r"\bargparse\b", r"\breadline\b",
