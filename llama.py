@@ -3,8 +3,8 @@ The voice of LLaVA: from a sequence of embeddings to the next word.
 
     ids → embed → (here llava.py puts the picture) → block → block → … → norm → head → logits → sample → id
 
-Llama (Touvron et al. 2023, section 2.2) and Mistral (Jiang et al. 2023, section 2), which is the same network with
-fewer key-value heads than query heads and a window beyond which attention does not look back.
+Llama (Touvron et al. 2023, section 2.2). Mistral (Jiang et al. 2023, section 2) has fewer key-value heads than query
+heads and a window beyond which attention does not look back; Qwen2 (Yang et al. 2024) has biases of q, k and v.
 
     letter   meaning                                             llava-1.5-7b   bakLlava
     B        rows of the batch
@@ -20,8 +20,8 @@ Notebook: notebooks/3_the_voice.ipynb. Next file: llava.py.
 """
 
 import math
-import secrets
 from dataclasses import dataclass
+from typing import ClassVar
 
 import tokenizers
 import torch
@@ -36,12 +36,9 @@ from torch.utils.checkpoint import checkpoint
 class Tokenizer:
     """Byte-pair encoding as the checkpoint's tokenizer.json describes it.
 
-    The merging itself is left to the library that the file was written for; it is the same in every language model. A
-    character outside the vocabulary falls back to its UTF-8 bytes.
-    What matters here: a prompt comes in pieces, text as str and special tokens as ids, and is encoded as one string, as
-    text depends on what stands beside it: by most files "<image>\nHi" is <image> ▁ \n Hi, by others no "▁" (space)
-    follows <image>. And nobody must be able to type a special token: so the string goes to a twin of the tokenizer that
-    knows these tokens by secret spellings alone. To it, "</s>" is four letters.
+    The merging itself is left to the library that the file was written for; it is the same in every language model.
+    A prompt comes in pieces, text as str and special tokens as ids, and is encoded as one string, as text depends on
+    what stands beside it. extras/checks.py sees to it that nobody can type a special token.
     """
 
     def __init__(self, file):
@@ -50,36 +47,19 @@ class Tokenizer:
         self.bpe.no_padding()
         letter = self.bpe.encode("a")
         self.bos = letter.ids[: letter.special_tokens_mask.index(0)]  # what the file puts in front: [the id of <s>]
-        self.twin = tokenizers.Tokenizer(self.bpe.model)  # one model for both
-        self.twin.normalizer, self.twin.pre_tokenizer = self.bpe.normalizer, self.bpe.pre_tokenizer
-        special, key = self.bpe.get_added_tokens_decoder(), secrets.token_hex(8)
-        self.spelling = {i: token.content for i, token in special.items()}
-        self.secret = {i: f"{x[0]}{key}{i:08}{x[-1]}" for i, x in self.spelling.items()}  # neighbours may see its ends
-        for i, token in special.items():
-            token.content = self.secret[i]
-        self.twin.add_tokens([*special.values()])  # with their own flags: to take the spaces beside them, and the like
+        self.spelling = {i: token.content for i, token in self.bpe.get_added_tokens_decoder().items()}
 
     def id(self, token):
         """The id of a token, None if it is not in the vocabulary."""
         return self.bpe.token_to_id(token)
 
-    def encode(self, text, special=True):
-        """Text → ids, without <s>. special=False: "</s>", "<image>" and the like are ordinary letters."""
-        return self.bpe.encode(text, add_special_tokens=False).ids if special else self.encode_pieces([text])
+    def encode(self, text):
+        """Text → ids, without <s>. "</s>", "<image>" and the like in it are special tokens."""
+        return self.bpe.encode(text, add_special_tokens=False).ids
 
     def encode_pieces(self, pieces):
         """The pieces of a prompt, text as str and special tokens as ids → ids, without <s>."""
-        spelled = [x if isinstance(x, str) else self.secret.get(x) or self.bpe.id_to_token(x) or "" for x in pieces]
-        found = self.twin.encode("".join(spelled), add_special_tokens=False)
-        ids, place = found.ids, 0
-        for n, piece in enumerate(pieces):
-            if piece in self.secret:
-                at = found.char_to_token(place)
-                if at is None or ids[at] != self.twin.token_to_id(spelled[n]):  # its flags want other neighbours:
-                    return self.encode_pieces([*pieces[:n], self.spelling[piece], *pieces[n + 1 :]])  # it is letters
-                ids[at] = piece
-            place += len(spelled[n])
-        return ids
+        return self.encode("".join(x if isinstance(x, str) else self.bpe.id_to_token(x) or "" for x in pieces))
 
     def decode(self, ids):
         """Ids → text, special tokens left out."""
@@ -94,10 +74,16 @@ class Tokenizer:
 class TextConfig:
     """The text_config of config.json, in its own field names; defaults: transformers' LlamaConfig.
 
-    For model_type mistral, weights.py uses MistralConfig's defaults. The published files leave out rope_theta; those of
-    the 7B leave out most of the sizes, too.
+    The published files leave out rope_theta; those of the 7B leave out most of the sizes, too.
     """
 
+    KINDS: ClassVar = {  # model_type → its other defaults (MistralConfig, Qwen2Config); a window only where it is named
+        "llama": {},
+        "mistral": dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072,
+                        sliding_window=4096),
+        "qwen2": dict(vocab_size=151936, intermediate_size=22016, max_position_embeddings=32768, qkv_bias=True,
+                      bos_token_id=None, eos_token_id=None),
+    }  # fmt: skip
     model_type: str = "llama"
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -109,6 +95,8 @@ class TextConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: list | None = None  # of "llama3" the four numbers: see frequencies
+    qkv_bias: bool = False  # not in the files: a Qwen2 has them
     sliding_window: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list | None = 2
@@ -136,13 +124,25 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-def rope_angles(position_ids, head_dim, theta):
-    """Rotary position embedding (Su et al. 2021): position m turns the i-th pair of dimensions by m · theta^(-2i/E).
+def frequencies(config):
+    """By how much each pair of dimensions turns from one position to the next: theta^(-2i/E), (E / 2) float32.
 
-    position_ids (B, T) int → cos, sin, each float32 (B, 1, T, E), the same for every head (LlamaRotaryEmbedding).
+    Rotary position embedding (Su et al. 2021). Llama 3.1 slows down by a factor what turns less than `low` times over
+    the length that it was first trained at, less and less up to `high` times (_compute_llama3_parameters).
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim)
-    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, E / 2)
+    f = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    if config.rope_scaling is None:
+        return f
+    factor, low, high, trained = config.rope_scaling
+    kept = ((trained / (2 * math.pi / f) - low) / (high - low)).clamp(0, 1)  # 1: as it was, 0: slowed down
+    return (1 - kept) * f / factor + kept * f
+
+
+def rope_angles(position_ids, frequencies):
+    """Angles of m times its frequency for each pair of dimensions at position m (LlamaRotaryEmbedding):
+    position_ids (B, T) int → cos, sin, each float32 (B, 1, T, E), the same for every head.
+    """
+    angles = position_ids[:, None, :, None].float() * frequencies.to(position_ids.device)  # (B, 1, T, E / 2)
     angles = torch.cat([angles, angles], dim=-1)  # (B, 1, T, E)
     return angles.cos(), angles.sin()
 
@@ -176,15 +176,15 @@ def attend(q, k, v, mask, output_attentions=False):
 
 
 class Attention(nn.Module):
-    """Each position looks at those before it (LlamaAttention, MistralAttention)."""
+    """Each position looks at those before it (LlamaAttention, MistralAttention, Qwen2Attention)."""
 
     def __init__(self, config):
         super().__init__()
         D, A, K, E = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.head_dim = E
-        self.wq = nn.Linear(D, A * E, bias=False)
-        self.wk = nn.Linear(D, K * E, bias=False)
-        self.wv = nn.Linear(D, K * E, bias=False)
+        self.wq = nn.Linear(D, A * E, bias=config.qkv_bias)
+        self.wk = nn.Linear(D, K * E, bias=config.qkv_bias)
+        self.wv = nn.Linear(D, K * E, bias=config.qkv_bias)
         self.wo = nn.Linear(A * E, D, bias=False)
         self.attend = attend  # where a machine has a faster way to the same numbers, load puts it here
 
@@ -237,7 +237,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder and its two ends: embed, blocks, norm, head (LlamaForCausalLM, MistralForCausalLM)."""
+    """The decoder and its two ends: embed, blocks, norm, head (LlamaForCausalLM and the like)."""
 
     def __init__(self, config):
         super().__init__()
@@ -249,6 +249,7 @@ class Llama(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
+        self.frequencies = frequencies(config)
         self.gradient_checkpointing = False
 
     def forward(
@@ -273,7 +274,7 @@ class Llama(nn.Module):
             raise ValueError(f"position_ids has the shape {tuple(position_ids.shape)}, not {(B, T)}, that of the input")
         positions = torch.arange(past, past + T, device=x.device)  # (T)
         mask = visible(real, positions, self.config.sliding_window)  # (B, 1, T, S)
-        rope = [a.to(x.dtype) for a in rope_angles(position_ids, self.config.head_dim, self.config.rope_theta)]
+        rope = [a.to(x.dtype) for a in rope_angles(position_ids, self.frequencies)]
         cached = [None] * len(self.blocks)
         if kv_cache is not None:
             check_room(kv_cache, T)
@@ -430,11 +431,11 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=1.0):
 
 def check_sampling(max_new_tokens, temperature=0.0, top_k=None, top_p=1.0):
     """Raise ValueError that names the option which is out of range."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, and must be at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, and must be 0 (greedy) or a positive number")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, and must be at least 1")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, and must be above 0 and at most 1")
+    for name, value, fits, right in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 (greedy) or a positive number"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value}, and must be {right}")

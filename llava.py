@@ -48,28 +48,36 @@ import weights
 
 @dataclass
 class LlavaConfig:
-    """config.json, in its own field names; defaults: transformers' LlavaConfig."""
+    """config.json, in its own field names; defaults: transformers' LlavaConfig. extras/family.py has those of the
+    classes after it.
+    """
 
     vision_config: vision.VisionConfig = field(default_factory=vision.VisionConfig)
     text_config: llama.TextConfig = field(default_factory=llama.TextConfig)
     image_token_index: int = 32000
     vision_feature_layer: int | list = -2  # the tower's hidden state that is read; several are read side by side
     vision_feature_select_strategy: str = "default"  # leaves the class token out; "full" keeps it
+    image_grid_pinpoints: list | None = None  # this and the next two: of pictures in parts, extras/anyres.py
+    vision_aspect_ratio: str | None = None
+    video_token_index: int | None = None
+    projector_layernorm_eps: float | None = None  # ViP-LLaVA norms what the projector takes
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
     eos_token_id: int | list | None = None  # generation_config.json has the last word on where an answer ends
+    model_type: str = "llava"
     description: str | None = None  # printed when the command line has loaded the model
 
     @property
     def eos_token_ids(self):
         """The ids that end an answer, a list."""
-        return as_list(self.text_config.eos_token_id if self.eos_token_id is None else self.eos_token_id)
+        ids = as_list(self.text_config.eos_token_id if self.eos_token_id is None else self.eos_token_id)
+        return [i for i in ids if i is not None]
 
     @property
     def padding(self):
         """The id that pads shorter rows; the mask hides it."""
-        return self.eos_token_ids[0] if self.pad_token_id is None else self.pad_token_id
+        return [*self.eos_token_ids, 0][0] if self.pad_token_id is None else self.pad_token_id
 
 
 class Projector(nn.Module):
@@ -79,11 +87,13 @@ class Projector(nn.Module):
         super().__init__()
         L = len(as_list(config.vision_feature_layer))
         C, D = config.vision_config.hidden_size, config.text_config.hidden_size
+        eps = config.projector_layernorm_eps
+        self.norm = nn.Identity() if eps is None else nn.LayerNorm(L * C, eps)
         self.linear_1 = nn.Linear(L * C, D, config.multimodal_projector_bias)
         self.linear_2 = nn.Linear(D, D, config.multimodal_projector_bias)
 
     def forward(self, x):
-        return self.linear_2(F.gelu(self.linear_1(x)))  # (N, P, D)
+        return self.linear_2(F.gelu(self.linear_1(self.norm(x))))  # (N, P, D)
 
 
 @dataclass
@@ -95,7 +105,7 @@ class LlavaOutput:
     kv_cache: dict | None = None  # the one that was passed in
     hidden_states: tuple | None = None  # layers + 1 of (B, T, D), the last one after the final norm
     attentions: tuple | None = None  # layers of (B, A, T, S)
-    image_hidden_states: torch.Tensor | None = None  # of shape (N, P, D): the features that were merged
+    image_hidden_states: torch.Tensor | list | None = None  # the features that were merged, as of get_image_features
 
 
 class Llava(nn.Module):
@@ -107,6 +117,8 @@ class Llava(nn.Module):
         self.vision = vision.VisionTower(config.vision_config)
         self.projector = Projector(config)
         self.llama = llama.Llama(config.text_config)
+        in_parts = config.image_grid_pinpoints is not None  # pictures, each with a number of features of its own
+        self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size)) if in_parts else None
 
     @property
     def device(self):
@@ -116,10 +128,14 @@ class Llava(nn.Module):
     def dtype(self):
         return self.llama.embed.weight.dtype
 
-    def get_image_features(self, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None):
+    def get_image_features(
+        self, pixel_values, vision_feature_layer=None, vision_feature_select_strategy=None, image_sizes=None,
+        input_ids=None,
+    ):  # fmt: skip
         """Pictures (N, 3, H, W) → one embedding for each patch, (N, P, D) (LlavaModel.get_image_features).
 
         vision_feature_layer, vision_feature_select_strategy: as in LlavaConfig; None: what this model's config says.
+        image_sizes, input_ids: of pictures in parts, whose features are a list of N; see extras/anyres.py.
         Raises ValueError for pictures of another size, for numbers out of range, and for layers that do not fit.
         """
         layers = as_list(self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer)
@@ -129,25 +145,44 @@ class Llava(nn.Module):
         taken = self.projector.linear_1.in_features // self.config.vision_config.hidden_size
         if len(layers) != taken:
             raise ValueError(f"vision_feature_layer names {len(layers)} layers, and the projector takes {taken}")
-        states = self.vision(pixel_values.to(self.device), layers)
-        if strategy == "default":
-            states = [x[:, 1:] for x in states]
-        x = torch.cat(states, dim=-1)  # (N, P, L * C)
-        return check_finite(self.projector(x), "the picture features")  # (N, P, D)
+
+        def encode(pixel_values):
+            states = self.vision(pixel_values.to(self.device), layers)
+            if strategy == "default":
+                states = [x[:, 1:] for x in states]
+            x = torch.cat(states, dim=-1)  # (N, P, L * C)
+            return check_finite(self.projector(x), "the picture features")  # (N, P, D)
+
+        if self.image_newline is None:
+            return encode(pixel_values)
+        from extras import anyres
+
+        return anyres.of_model(self, encode, pixel_values, image_sizes, input_ids)
+
+    def feature_counts(self, pixel_values, image_sizes=None, input_ids=None):
+        """How many features each picture has → a list of N. Nothing is encoded for it."""
+        if self.image_newline is None:
+            dropped = self.config.vision_feature_select_strategy == "default"
+            return [self.vision.grid**2 + self.config.vision_config.class_token - dropped] * len(pixel_values)
+        from extras import anyres
+
+        return anyres.counts_of_model(self, image_sizes, input_ids)
 
     def merge(self, input_ids, features=None):
         """Embed the ids (B, T) and put the features (N, P, D), in order, where the image tokens stand → (B, T, D).
 
+        features: or a list of N, (P, D) each, where pictures have different numbers of them.
         By position, not by value: a text embedding may be all zeros (transformers 4.38 took those for pictures).
         Raises ValueError unless there is exactly one image token for each feature, and for an id out of range.
         """
         is_image = input_ids == self.config.image_token_index  # (B, T)
         tokens = int(is_image.sum())
-        pictures, size = (0, 0) if features is None else features.shape[:2]
-        if tokens != pictures * size:
+        counts = [] if features is None else [len(x) for x in features]
+        if tokens != sum(counts):
+            size = " or ".join(map(str, dict.fromkeys(counts))) or "all its features"
             raise ValueError(
-                f"the prompt holds {tokens} image tokens and {pictures} pictures were given: it takes one <image> for "
-                f"each picture (or {size or 'all its features'} in a row, if they are expanded already)"
+                f"the prompt holds {tokens} image tokens and {len(counts)} pictures were given: it takes one <image> "
+                f"for each picture (or {size} in a row, if they are expanded already)"
             )
         input_ids = input_ids.masked_fill(is_image, 0)  # the image token is not embedded: it may have no row there
         last = self.llama.embed.num_embeddings - 1
@@ -155,19 +190,20 @@ class Llava(nn.Module):
         if len(unknown):
             raise ValueError(f"{int(unknown[0])} is not an id: those of this model end at {last}")
         x = self.llama.embed(input_ids)  # (B, T, D)
-        return x if features is None else x.masked_scatter(is_image[..., None], features.to(x.dtype))
+        return x if features is None else x.masked_scatter(is_image[..., None], torch.cat([*features]).to(x.dtype))
 
     def forward(
         self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None, kv_cache=None,
         inputs_embeds=None, labels=None, vision_feature_layer=None, vision_feature_select_strategy=None,
-        output_hidden_states=False, output_attentions=False, logits_to_keep=0,
+        output_hidden_states=False, output_attentions=False, logits_to_keep=0, image_sizes=None,
     ):  # fmt: skip
         """One pass over whole prompts, a chunk or a single step → LlavaOutput.
 
         input_ids (B, T) int64, the image token once for each picture or once for each feature; or inputs_embeds (B, T,
-        D), merged already. pixel_values (N, 3, H, W). attention_mask (B, past + T), 1 = real; position_ids (B, T): None
-        as in Llama.forward. kv_cache: from init_kv_cache, filled in place. labels (B, T): -100 is ignored, as are the
-        positions of pictures. logits_to_keep: logits of the last n positions (0: all), or of a tensor of positions.
+        D), merged already. pixel_values (N, 3, H, W); image_sizes: as get_image_features takes them. attention_mask (B,
+        past + T), 1 = real; position_ids (B, T): None as in Llama.forward. kv_cache: from init_kv_cache, filled in
+        place. labels (B, T): -100 is ignored, as are the positions of pictures. logits_to_keep: logits of the last n
+        positions (0: all), or of a tensor of positions.
         Raises ValueError for shapes that do not belong together, and for numbers out of range.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -184,9 +220,10 @@ class Llava(nn.Module):
         else:
             input_ids = input_ids.to(self.device)
             if pixel_values is not None:
-                features = self.get_image_features(pixel_values, vision_feature_layer, vision_feature_select_strategy)
-                pictures, size = features.shape[:2]
-                input_ids, attention_mask, labels = self.expand(input_ids, attention_mask, labels, pictures, size)
+                options = vision_feature_layer, vision_feature_select_strategy, image_sizes, input_ids
+                features = self.get_image_features(pixel_values, *options)
+                counts = [len(x) for x in features]
+                input_ids, attention_mask, labels = self.expand(input_ids, attention_mask, labels, counts)
             x = self.merge(input_ids, features)  # (B, T, D)
 
         x, hidden_states, attentions = self.llama(
@@ -204,19 +241,21 @@ class Llava(nn.Module):
             loss = next_token_loss(logits, labels, kept)
         return LlavaOutput(loss, logits, kv_cache, hidden_states, attentions, features)
 
-    def expand(self, input_ids, attention_mask, labels, pictures, size):
-        """Repeat the image token of each picture `size` times in ids (B, T), and its column in mask and labels.
+    def expand(self, input_ids, attention_mask, labels, counts):
+        """Repeat the image token of each picture as often as it has features, in ids (B, T), in mask and labels.
 
+        counts: of the features of each of the N pictures.
         So do transformers 4.38 inside the model and transformers 5 in its processor. Expanded ids are returned as they
         are. Rows of unequal length are padded on the left, or on the right if the mask says that they were.
         """
         is_image = input_ids == self.config.image_token_index  # (B, T)
-        if int(is_image.sum()) != pictures or size == 1:  # merge reports a wrong count
+        if not counts or int(is_image.sum()) != len(counts):  # expanded, or wrong, which merge reports
             return input_ids, attention_mask, labels
         new = input_ids.shape[1]
         past, mask = attention_mask[:, :-new], attention_mask[:, -new:]
         side = "left" if mask[:, -1].all() else "right"
-        copies = torch.where(is_image, size, 1)  # (B, T)
+        copies = torch.ones_like(input_ids)
+        copies[is_image] = torch.tensor(counts, device=copies.device)
 
         def grow(x, padding):
             rows = [row.repeat_interleave(times) for row, times in zip(x, copies, strict=True)]
@@ -226,13 +265,12 @@ class Llava(nn.Module):
         labels = None if labels is None else grow(labels.to(self.device), -100)
         return grow(input_ids, self.config.padding), mask, labels
 
-    def expanded(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None):
+    def expanded(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, image_sizes=None):
         """expand before a picture is encoded → ids and mask: how many positions will this prompt take?"""
         input_ids = input_ids.to(self.device)
         attention_mask = llama.real_tokens(attention_mask, kv_cache, input_ids.shape, self.device)
-        pictures = 0 if pixel_values is None else len(pixel_values)
-        size = self.vision.grid**2 + (self.config.vision_feature_select_strategy == "full")
-        return self.expand(input_ids, attention_mask, None, pictures, size)[:2]
+        counts = [] if pixel_values is None else self.feature_counts(pixel_values, image_sizes, input_ids)
+        return self.expand(input_ids, attention_mask, None, counts)[:2]
 
     # --- one word after the other
 
@@ -240,13 +278,13 @@ class Llava(nn.Module):
         """An empty cache for max_length positions, a dict of tensors; see llama.init_kv_cache for what is in it."""
         return llama.init_kv_cache(self.llama.config, batch_size, max_length, self.dtype, self.device)
 
-    def prefill(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, room=0):
+    def prefill(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, room=0, image_sizes=None):
         """Read whole prompts → (logits of the token after each, (B, V); the cache, with `room` more positions free).
 
         kv_cache: the prompts go on from it; None: a new one. Padding goes to the left, wherever it was: the next token
         has to follow the last real one.
         """
-        input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask, kv_cache)
+        input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask, kv_cache, image_sizes)
         B, T = input_ids.shape
         past, new = attention_mask[:, :-T], attention_mask[:, -T:]
         order = new.long().argsort(dim=1, stable=True)  # (B, T), padding first
@@ -254,7 +292,8 @@ class Llava(nn.Module):
         if kv_cache is None:
             kv_cache = self.init_kv_cache(B, T + room)
         llama.check_room(kv_cache, T + room)
-        logits = self(input_ids, pixel_values, attention_mask, kv_cache=kv_cache, logits_to_keep=1).logits  # (B, 1, V)
+        options = dict(kv_cache=kv_cache, logits_to_keep=1, image_sizes=image_sizes)
+        logits = self(input_ids, pixel_values, attention_mask, **options).logits  # (B, 1, V)
         return logits[:, -1], kv_cache
 
     def step(self, ids, kv_cache, real):
@@ -267,7 +306,7 @@ class Llava(nn.Module):
     @torch.no_grad()
     def stream(
         self, input_ids, pixel_values=None, attention_mask=None, *,
-        max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, seed=None, kv_cache=None,
+        max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, seed=None, kv_cache=None, image_sizes=None,
     ):  # fmt: skip
         """Yield the next id of every row, (B,) int64, until all rows have ended or max_new_tokens are made.
 
@@ -280,7 +319,8 @@ class Llava(nn.Module):
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         eos = torch.tensor(self.config.eos_token_ids, device=self.device)
         going = torch.ones(len(input_ids), dtype=torch.bool, device=self.device)  # (B,)
-        logits, kv_cache = self.prefill(input_ids, pixel_values, attention_mask, kv_cache, room=max_new_tokens - 1)
+        prompt, room = (input_ids, pixel_values, attention_mask, kv_cache), max_new_tokens - 1
+        logits, kv_cache = self.prefill(*prompt, room, image_sizes)
         for i in range(max_new_tokens):
             ids = llama.sample(logits, temperature, top_k, top_p, generator).where(going, self.config.padding)  # (B,)
             yield ids
@@ -293,6 +333,7 @@ class Llava(nn.Module):
     def generate(
         self, input_ids, pixel_values=None, attention_mask=None, *,
         max_new_tokens=512, temperature=0.0, top_k=None, top_p=1.0, num_beams=1, seed=None, kv_cache=None,
+        image_sizes=None,
     ):  # fmt: skip
         """The answers of all rows, (B, new tokens) int64: the new ids alone, and the pad id behind the end of a row.
 
@@ -300,6 +341,7 @@ class Llava(nn.Module):
         (Graves 2012; GenerationMixin._beam_search). A search leaves only the prompt in kv_cache.
         """
         prompt = dict(input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, kv_cache=kv_cache)
+        prompt["image_sizes"] = image_sizes
         options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
         if num_beams != 1:
             from extras import beams
@@ -311,11 +353,11 @@ class Llava(nn.Module):
 
     # --- doors to extras/
 
-    def score(self, answers, input_ids, pixel_values=None, attention_mask=None):
+    def score(self, answers, input_ids, pixel_values=None, attention_mask=None, image_sizes=None):
         """log P(answer | prompt) of several answers, each a list of ids, to one prompt (1, T) → (answers,) float32."""
         from extras import beams
 
-        return beams.score(self, answers, input_ids, pixel_values, attention_mask)
+        return beams.score(self, answers, input_ids, pixel_values, attention_mask, image_sizes)
 
     def resize_token_embeddings(self, n):
         """Give embedding and head n rows, in place → the embedding (PreTrainedModel.resize_token_embeddings)."""
@@ -364,12 +406,6 @@ def as_list(x):
 # ----------------------------------------------------------------------------------------------------------------
 # The prompt
 
-IMAGE = "<image>"
-TEMPLATES = {  # text_config.model_type → what stands before a user's words, and between them and the answer
-    "llama": ("USER: ", " ASSISTANT:"),
-    "mistral": ("USER: ", "\nASSISTANT:"),  # as on BakLlava's card; the template in its repository is another model's
-}
-
 
 class Processor:
     """Text and pictures → what the model takes, and ids → text (LlavaProcessor).
@@ -378,22 +414,27 @@ class Processor:
     """
 
     def __init__(self, tokenizer, preprocess_config, config, open_image=vision.open_image):
-        self.tokenizer = tokenizer
-        self.preprocess_config = preprocess_config
-        self.open_image = open_image
-        self.image_id = config.image_token_index
-        self.eos_id, self.pad_id = config.eos_token_ids[0], config.padding
-        self.before, self.after = TEMPLATES[config.text_config.model_type]
-        if tokenizer.id(IMAGE) != self.image_id:
-            raise ValueError(f"tokenizer.json gives {IMAGE} the id {tokenizer.id(IMAGE)}, config.json {self.image_id}")
+        from extras import forms
+
+        self.tokenizer, self.preprocess_config, self.config = tokenizer, preprocess_config, config
+        self.open_image, self.form = open_image, forms.choose(config, tokenizer)
+        self.image_id, self.pad_id = config.image_token_index, config.padding
+        self.eos_id = config.eos_token_ids[0] if self.form.end is None else tokenizer.id(self.form.end)
+        if self.eos_id not in config.eos_token_ids:  # the end of a turn ends an answer, whatever the config says
+            config.eos_token_id = [*config.eos_token_ids, self.eos_id]
+        self.image_token = tokenizer.spelling.get(self.image_id)  # <image> in nearly all
+        if self.image_token is None or tokenizer.id("<image>") not in (None, self.image_id):
+            its_id = tokenizer.id("<image>")
+            raise ValueError(f"tokenizer.json gives <image> the id {its_id}, config.json {self.image_id}")
 
     def __call__(self, text, images=None, pad=None):
         """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and pixel_values.
 
-        text: special tokens in it count as such; one <image> for each picture. Rows are padded on the left to the
+        text: special tokens in it count as such; one image_token for each picture. Rows are padded on the left to the
         longest. images: a PIL image, a path, a list of them in reading order over all rows, or a list of such lists,
         one for each row. pad: as in vision.preprocess. input_ids and attention_mask (B, T) int64, pixel_values
-        (N, 3, H, W) float32, if there are pictures. Raises ValueError or OSError.
+        (N, 3, H, W) float32, if there are pictures, and what get_image_features takes with them. Raises ValueError or
+        OSError.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -429,7 +470,11 @@ class Processor:
         for n, (prompts, given) in enumerate(groups):
             tokens, name = sum(row.count(self.image_id) for row in prompts), f"row {n}" if dealt else "the prompt"
             if tokens != len(given):
-                raise ValueError(f"{name} holds {tokens} {IMAGE} and {len(given)} pictures were given: one for each")
+                raise ValueError(
+                    f"{name} holds {tokens} {self.image_token} and {len(given)} pictures were given: one for each"
+                )
+        if any(self.config.video_token_index in row for row in rows):
+            raise ValueError("the prompt holds the token of a video: only pictures are seen here")
         images = [image for _, given in groups for image in given]
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")
@@ -437,32 +482,26 @@ class Processor:
         inputs = {"input_ids": ids, "attention_mask": mask}
         if images:
             images = [image if isinstance(image, Image.Image) else self.open_image(image) for image in images]
-            pixels = [vision.preprocess(image, self.preprocess_config, pad) for image in images]
-            inputs["pixel_values"] = torch.stack(pixels)
+            inputs |= self.pixels(images, ids, pad)
         return inputs
 
-    def pieces(self, turns, images=0):
-        """A conversation as a list of pieces: plain text as str, special tokens as their ids.
+    def pixels(self, images, ids, pad=None):
+        """PIL images, and the ids (B, T) that they belong to → what the tower takes, a dict."""
+        if self.config.image_grid_pinpoints is None:
+            return {"pixel_values": torch.stack([vision.preprocess(x, self.preprocess_config, pad) for x in images])}
+        from extras import anyres
 
-        So a special token is one that the template puts there, never one that somebody has typed.
+        return anyres.of_processor(self, images, ids, pad)
+
+    def pieces(self, turns, images=0, going_on=False):
+        """A conversation as a list of pieces: plain text as str, special tokens as their ids. So a special token is one
+        that the form puts there, never one that somebody has typed. LLaVA-1.5's form, others are in extras/forms.py:
+
+            USER: <image>\nWhat is there? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:
+
+        going_on: what was said before ends with an answer, without its end.
         """
-        pieces, numbered = [], any(len(turn) > 2 for turn in turns)
-        for role, words, *number in turns:
-            if not isinstance(words, str):
-                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
-            if role == "system":
-                pieces += [words + " "]
-            elif role == "user":
-                own = sum(number) if numbered else images  # without numbers the first one takes them all
-                pieces += [self.before, *[self.image_id, "\n"] * own, words, self.after]
-                images -= own
-            elif role == "assistant":
-                pieces += [" " + words, self.eos_id]
-            else:
-                raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
-        if images:
-            raise ValueError("pictures were given, but not as many as the user's turns are about")
-        return pieces
+        return self.form.pieces(self, turns, images, going_on)
 
     def as_text(self, pieces):
         """Pieces → the string that they stand for."""

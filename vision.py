@@ -6,15 +6,16 @@ The eye of LLaVA: from a picture to one vector for each patch of it.
 This is CLIP's Vision Transformer (Radford et al. 2021, section 2.4, after Dosovitskiy et al. 2020, section 3.1).
 LLaVA-1.5 uses ViT-L/14 at 336 pixels and reads it one block before its end: there every patch still describes
 its own place, while the last block serves CLIP's own aim, one vector for the whole picture.
+SigLIP (Zhai et al. 2023) is the same network without the class token and the first norm.
 
-    letter   meaning                                      llava-1.5
+    letter   meaning                                      llava-1.5         so400m of SigLIP
     N        pictures
-    H, W     height and width of a preprocessed picture   336, 336
-    P        patches, row by row from the top left        24 · 24 = 576
-    S        positions: the class token, then patches     P + 1
-    C        width of the tower                           1024
-    A, E     attention heads, width of one head           16, 64
-    F        width of the MLP                             4096
+    H, W     height and width of a preprocessed picture   336, 336          384, 384
+    P        patches, row by row from the top left        24 · 24 = 576     27 · 27 = 729
+    S        positions: the class token, then patches     P + 1             P
+    C        width of the tower                           1024              1152
+    A, E     attention heads, width of one head           16, 64            16, 72
+    F        width of the MLP                             4096              4304
 
 The four files share one key of letters; S, A, E and F are those of the network at hand: here the tower.
 Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
@@ -22,6 +23,8 @@ Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -95,7 +98,11 @@ MAX_PIXELS = 178_956_970  # of a picture once it is scaled or padded: Pillow dec
 
 @dataclass
 class PreprocessConfig:
-    """preprocessor_config.json, in its own field names; the defaults are those of the three published checkpoints."""
+    """preprocessor_config.json, in its own field names; the defaults are those of LLaVA-1.5's checkpoints.
+
+    size: {"shortest_edge": pixels}, the sides keep their ratio and crop_size is what is kept; or {"height", "width"},
+    the whole picture is squashed into it, as SigLIP's are, and crop_size is the same.
+    """
 
     size: dict = field(default_factory=lambda: {"shortest_edge": 336})
     crop_size: dict = field(default_factory=lambda: {"height": 336, "width": 336})
@@ -104,10 +111,11 @@ class PreprocessConfig:
     image_mean: list = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])  # of CLIP's training pictures
     image_std: list = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     do_pad: bool = False
+    image_grid_pinpoints: list | None = None  # of checkpoints that see a picture in parts: extras/anyres.py
 
 
 def preprocess(image, config, pad=None):
-    """One PIL image → float32 (3, H, W), bit for bit as the reference (CLIPImageProcessorPil, transformers 5).
+    """One PIL image → float32 (3, H, W), bit for bit as the reference (CLIPImageProcessorPil, SiglipImageProcessorPil).
 
     pad: pad to a square first, as the authors' own code does (expand2square), so that nothing is cut off; None: as the
     config says, and the published ones say no: the short side becomes 336 pixels and the middle square is kept.
@@ -128,6 +136,8 @@ def preprocess(image, config, pad=None):
 
 def framing(width, height, config):
     """How preprocess scales a picture, and where the part that it keeps begins: (width, height), left, top."""
+    if "height" in config.size:
+        return (config.size["width"], config.size["height"]), 0, 0
     short, long = sorted((width, height))
     edge = config.size["shortest_edge"]
     if not short or edge * edge * long / short > MAX_PIXELS:
@@ -149,7 +159,7 @@ def expand_to_square(image, colour):
 
 
 def mean_colour(config):
-    """The mean of CLIP's training pictures as a colour: padding is 0, or nearly, once it is normalised."""
+    """The mean of the tower's training pictures as a colour: padding is 0, or nearly, once it is normalised."""
     return tuple(int(255 * m) for m in config.image_mean)
 
 
@@ -162,8 +172,16 @@ class VisionConfig:
     """The vision_config of config.json, in its own field names; defaults: transformers' CLIPVisionConfig.
 
     The published files leave out layer_norm_eps, num_channels and hidden_act: the defaults are part of the model.
+    The three before model_type are not in the files: they are what makes one kind of tower another, and KINDS has them.
     """
 
+    KINDS: ClassVar = {  # model_type → what is different from a CLIP, by SiglipVisionConfig and SiglipVisionModel
+        "clip_vision_model": {},
+        "siglip_vision_model": dict(
+            patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh",
+            class_token=False, first_norm=False, patch_bias=True,
+        ),
+    }  # fmt: skip
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -173,11 +191,18 @@ class VisionConfig:
     patch_size: int = 32
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
+    class_token: bool = True  # one position more, in front
+    first_norm: bool = True  # a layer norm before the first block
+    patch_bias: bool = False
+    model_type: str = "clip_vision_model"
 
 
 def quick_gelu(x):
     """x σ(1.702 x): the approximation of GELU that CLIP was trained with. Not exact GELU, which the projector uses."""
     return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Attention(nn.Module):
@@ -196,15 +221,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with quick_gelu between them (CLIPMLP)."""
+    """Two linear layers with an approximation of GELU between them (CLIPMLP)."""
 
     def __init__(self, config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        x = quick_gelu(self.fc1(x))  # (N, S, F)
+        x = self.activation(self.fc1(x))  # (N, S, F)
         return self.fc2(x)  # (N, S, C)
 
 
@@ -224,21 +250,22 @@ class Block(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """CLIP's image encoder up to its hidden states (CLIPVisionModel)."""
+    """CLIP's or SigLIP's image encoder up to its hidden states (CLIPVisionModel, SiglipVisionModel)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.grid = config.image_size // config.patch_size
-        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size)) if config.class_token else None
         # a convolution whose stride is its width: one linear layer applied to each patch
         self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=False
+            config.num_channels, config.hidden_size, config.patch_size, config.patch_size, bias=config.patch_bias
         )
-        self.position_embedding = nn.Parameter(torch.zeros(self.grid**2 + 1, config.hidden_size))
-        self.pre_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.position_embedding = nn.Parameter(torch.zeros(self.grid**2 + config.class_token, config.hidden_size))
+        first_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.pre_norm = first_norm if config.first_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.post_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # never run: for CLIP's pooled output
+        self.post_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)  # never run: for a pooled output
         self.gradient_checkpointing = False
 
     def embed(self, pixel_values):
@@ -250,8 +277,8 @@ class VisionTower(nn.Module):
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)  # (N, P, C)
-        cls = self.class_embedding.expand(len(patches), 1, -1)  # (N, 1, C)
-        x = torch.cat([cls, patches], dim=1) + self.position_embedding  # (N, S, C)
+        cls = [] if self.class_embedding is None else [self.class_embedding.expand(len(patches), 1, -1)]
+        x = torch.cat([*cls, patches], dim=1) + self.position_embedding  # (N, S, C)
         return self.pre_norm(x)
 
     def forward(self, pixel_values, layers):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 PUBLISHED = [  # as llava-hf publishes them → as the modules call them; {i} is the number of the block
     ("vision_tower.vision_model.embeddings.class_embedding", "vision.class_embedding"),
-    ("vision_tower.vision_model.embeddings.patch_embedding.weight", "vision.patch_embedding.weight"),
+    ("vision_tower.vision_model.embeddings.patch_embedding", "vision.patch_embedding"),
     ("vision_tower.vision_model.embeddings.position_embedding.weight", "vision.position_embedding"),
     ("vision_tower.vision_model.pre_layrnorm", "vision.pre_norm"),  # sic
     ("vision_tower.vision_model.encoder.layers.{i}.layer_norm1", "vision.blocks.{i}.norm1"),
@@ -35,13 +35,14 @@ PUBLISHED = [  # as llava-hf publishes them → as the modules call them; {i} is
     ("vision_tower.vision_model.encoder.layers.{i}.mlp.fc1", "vision.blocks.{i}.mlp.fc1"),
     ("vision_tower.vision_model.encoder.layers.{i}.mlp.fc2", "vision.blocks.{i}.mlp.fc2"),
     ("vision_tower.vision_model.post_layernorm", "vision.post_norm"),
+    ("multi_modal_projector.projector_layernorm", "projector.norm"),
     ("multi_modal_projector.linear_1", "projector.linear_1"),
     ("multi_modal_projector.linear_2", "projector.linear_2"),
     ("language_model.model.embed_tokens.weight", "llama.embed.weight"),
     ("language_model.model.layers.{i}.input_layernorm.weight", "llama.blocks.{i}.attention_norm.weight"),
-    ("language_model.model.layers.{i}.self_attn.q_proj.weight", "llama.blocks.{i}.attention.wq.weight"),
-    ("language_model.model.layers.{i}.self_attn.k_proj.weight", "llama.blocks.{i}.attention.wk.weight"),
-    ("language_model.model.layers.{i}.self_attn.v_proj.weight", "llama.blocks.{i}.attention.wv.weight"),
+    ("language_model.model.layers.{i}.self_attn.q_proj", "llama.blocks.{i}.attention.wq"),
+    ("language_model.model.layers.{i}.self_attn.k_proj", "llama.blocks.{i}.attention.wk"),
+    ("language_model.model.layers.{i}.self_attn.v_proj", "llama.blocks.{i}.attention.wv"),
     ("language_model.model.layers.{i}.self_attn.o_proj.weight", "llama.blocks.{i}.attention.wo.weight"),
     ("language_model.model.layers.{i}.post_attention_layernorm.weight", "llama.blocks.{i}.mlp_norm.weight"),
     ("language_model.model.layers.{i}.mlp.gate_proj.weight", "llama.blocks.{i}.mlp.gate.weight"),
@@ -49,10 +50,11 @@ PUBLISHED = [  # as llava-hf publishes them → as the modules call them; {i} is
     ("language_model.model.layers.{i}.mlp.down_proj.weight", "llama.blocks.{i}.mlp.down.weight"),
     ("language_model.model.norm.weight", "llama.norm.weight"),
     ("language_model.lm_head.weight", "llama.head.weight"),
+    ("image_newline", "image_newline"),
 ]
 NAMES = []  # the same in full: a name that does not end in .weight stands for two, its .weight and its .bias
 for theirs, ours in PUBLISHED:
-    ends = [""] if theirs.endswith(("weight", "class_embedding")) else [".weight", ".bias"]
+    ends = [""] if theirs.endswith(("weight", "class_embedding", "newline")) else [".weight", ".bias"]
     NAMES += [(theirs + end, ours + end) for end in ends]
 OURS, THEIRS = dict(NAMES), {ours: theirs for theirs, ours in NAMES}
 
@@ -67,12 +69,14 @@ LAYOUTS = [  # other prefixes → the published ones; the first match is replace
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("model.language_model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
+    ("model.image_newline", "image_newline"),
     ("model.", "language_model.model."),  # the authors' own
 ]
 
 UNUSED = [  # known tensors that the model has no use for, and why
     (r"\.embeddings\.position_ids$", "0, 1, 2, …: written by old versions, a position is its own index"),
     (r"\.rotary_emb\.inv_freq$", "computed from rope_theta"),
+    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?head\.", "SigLIP's own end: a vector a picture"),
 ]
 
 
@@ -120,15 +124,16 @@ def read_json(file):
 IGNORED = {  # fields of the published files that do not change what the model computes
     "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "ignore_index", "image_seq_length",
     "initializer_factor", "initializer_range", "model_type", "pad_token_id", "pretraining_tp", "processor_class",
-    "projection_dim", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+    "projection_dim", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vision_use_head",
+    "vocab_size",
     "_name_or_path",
     # of the preprocessor's
     "data_format", "feature_extractor_type", "image_processor_type", "_valid_processor_keys",
 }  # fmt: skip
 
 
-def fill(cls, values, where, **fixed):
-    """A dataclass from a JSON object; what is absent or null takes the class's default.
+def fill(cls, values, where, defaults=None, **fixed):
+    """A dataclass from a JSON object; what is absent or null takes its default, or else the class's.
 
     fixed: fields that this code honours for one value only. Raises ValueError that names the field: fixed to another
     value, or neither known nor empty, since it might change what the model computes.
@@ -141,44 +146,43 @@ def fill(cls, values, where, **fixed):
         if name not in known and name not in fixed and name not in IGNORED and value not in (False, "", [], {}):
             unknown = f"{where}: the field {name} = {value!r} is not known here"
             raise ValueError(f"{unknown} and might change what the model computes")
-    return cls(**{name: value for name, value in values.items() if name in known and name not in fixed})
+    return cls(**{**(defaults or {}), **{name: value for name, value in values.items() if name in known}})
 
 
-# where transformers' MistralConfig has other defaults than LlamaConfig
-MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+ALIASES = {"image_token_id": "image_token_index", "vision_feature_layers": "vision_feature_layer"}
 PUBLISHED_TOWER = dict(  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14,
 )  # fmt: skip
-TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-STEPS = {step: True for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")}
+TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False}
+ROPES = {  # rope_type → the numbers that it takes, in the order of TextConfig.rope_scaling
+    "default": [],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+}
 
 
 def read_config(folder, llava_config, text_config, vision_config, clean=lambda values, where: values):
     """config.json and generation_config.json → the three given dataclasses, filled and put together.
 
-    clean: takes out what other programs leave in config.json (extras/leftovers.py knows them). Raises ValueError that
-    names the field which asks for something that is not here.
+    clean: fills in what other kinds of LLaVA have by default (extras/family.py knows them), and takes out what other
+    programs leave in config.json (extras/leftovers.py). Raises ValueError that names the field which asks for something
+    that is not here.
     """
     where = folder / "config.json"
     values = read_json(where)
-    check_kind(values, where)
     values = clean(values, where)
-    if "image_token_id" in values:  # its other name
-        values.setdefault("image_token_index", values.pop("image_token_id"))
+    for alias, name in ALIASES.items():
+        if alias in values:
+            values.setdefault(name, values.pop(alias))
     text, tower = values.pop("text_config", None) or {}, values.pop("vision_config", None) or PUBLISHED_TOWER
-    # by its old and its new name; what the loop leaves of it, rope_theta, is a field of text_config
-    scaling = (text.pop("rope_scaling", None) or {}) | (text.pop("rope_parameters", None) or {})
-    for name in ("rope_type", "type"):
-        if scaling.pop(name, "default") != "default":
-            raise ValueError(f"{where}: text_config.rope_scaling is set, and only unscaled positions are supported")
-    kind = text.get("model_type", "llama")
-    if kind == "mistral":
-        text = MISTRAL | text
-    else:
-        text.pop("sliding_window", None)  # Llama has none, whatever its config says
-    text = fill(text_config, {"model_type": kind} | text | scaling, f"{where}: text_config", **TEXT_FIXED)
-    tower = fill(vision_config, tower, f"{where}: vision_config", hidden_act="quick_gelu")
+    defaults = kind_of(text_config, text)
+    window = text.pop("sliding_window", defaults.get("sliding_window"))  # null is none, and not the default
+    if "sliding_window" in defaults:  # the other kinds have none, whatever their configs say
+        defaults["sliding_window"] = window
+    text = fill(text_config, rope(text, where), f"{where}: text_config", defaults, **TEXT_FIXED)
+    defaults = kind_of(vision_config, tower)
+    act = vision_config(**defaults).hidden_act
+    tower = fill(vision_config, tower, f"{where}: vision_config", defaults, hidden_act=act)
     if (folder / "generation_config.json").exists():  # it has the last word on where an answer ends
         generation = read_json(folder / "generation_config.json")
         ends = ("eos_token_id", "pad_token_id")
@@ -189,18 +193,32 @@ def read_config(folder, llava_config, text_config, vision_config, clean=lambda v
     return config
 
 
-def check_kind(values, where):
-    """Raise ValueError that says which other kind of model a config.json describes."""
-    if "mm_vision_tower" in values or "mm_projector_type" in values:
-        raise ValueError(f"{where} is in the authors' own format: use the same model as llava-hf converted it")
-    if values.get("model_type") != "llava":
-        names = values.get("architectures")
-        name = names[0] if isinstance(names, list) and names else values.get("model_type")
-        raise ValueError(f"{where} describes a {name}; this is LLaVA (LlavaForConditionalGeneration) and nothing else")
-    for part, kinds in {"text_config": ("llama", "mistral"), "vision_config": ("clip_vision_model",)}.items():
-        kind = (values.get(part) or {}).get("model_type", kinds[0])
-        if kind not in kinds:
-            raise ValueError(f"{where}: {part}.model_type is {kind!r}; supported: {', '.join(kinds)}")
+def kind_of(cls, values):
+    """The defaults of the kind that a part's model_type names, of those that the part's class knows."""
+    kind = values.get("model_type") or next(iter(cls.KINDS))
+    return {"model_type": kind, **cls.KINDS[kind]}
+
+
+def rope(text, where):
+    """A text_config with its rotary fields, which have an old and a new place, as TextConfig has them."""
+    scaling = (text.pop("rope_scaling", None) or {}) | (text.pop("rope_parameters", None) or {})
+    kinds = [kind for name in ("rope_type", "type") if (kind := scaling.pop(name, None)) is not None]
+    kind = [*kinds, "default"][0]
+    if any(other not in list(ROPES) for other in kinds):
+        raise ValueError(f"{where}: text_config.rope_scaling is {kinds[-1]!r}; supported: {', '.join(ROPES)}")
+    numbers = [scaling.pop(name, None) for name in ROPES[kind]]
+    if None in numbers:
+        raise ValueError(f"{where}: text_config.rope_scaling lacks {ROPES[kind][numbers.index(None)]} of {kind}")
+    return text | scaling | {"rope_scaling": numbers or None}
+
+
+STEPS = {step: True for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")}
+PICTURES = {  # how image_processor_type begins → what its class does not have as CLIPImageProcessor has it
+    "CLIPImage": {}, "CLIPFeature": {}, "LlavaImage": {}, "LlavaNextImage": {},
+    "SiglipImage": dict(size={"height": 224, "width": 224}, do_center_crop=False, image_mean=[0.5] * 3,
+                        image_std=[0.5] * 3),
+    "LlavaOnevisionImage": dict(size={"height": 384, "width": 384}, do_center_crop=False),
+}  # fmt: skip
 
 
 def read_preprocess_config(folder, preprocess_config, tower):
@@ -214,20 +232,28 @@ def read_preprocess_config(folder, preprocess_config, tower):
     if values is None:
         where = folder / "preprocessor_config.json"
         values = read_json(where)
-    kind = values.get("image_processor_type") or values.get("feature_extractor_type") or "LlavaImageProcessor"
-    if not str(kind).startswith(("CLIP", "Llava")):
-        raise ValueError(f"{where}: image_processor_type is {kind!r}; only CLIP's is supported")
-    if not kind.startswith("Llava"):
-        values["do_pad"] = False  # CLIP's own class never pads, whatever its config says
-    size, crop = values.get("size", 224), values.get("crop_size", 224)
+    name = values.get("image_processor_type") or values.get("feature_extractor_type") or "LlavaImageProcessor"
+    kind = next((kind for kind in PICTURES if str(name).startswith(kind)), None)
+    if kind is None:
+        raise ValueError(
+            f"{where}: image_processor_type is {name!r}; only those of CLIP, SigLIP and LLaVA are supported"
+        )
+    given = {name: value for name, value in values.items() if value is not None}
+    values = {"size": 224, "crop_size": 224, "do_center_crop": True} | PICTURES[kind] | given
+    if kind != "LlavaImage":
+        values["do_pad"] = False  # the others never pad to a square, whatever their config says
+    size, crop = values["size"], values["crop_size"]
     values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
     values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    config = fill(preprocess_config, values, where, **STEPS)
+    if "height" in values["size"]:  # the whole picture is squashed, and cropping changes nothing
+        values |= {"crop_size": values["size"], "do_center_crop": True}
+    config = fill(preprocess_config, values, where, **STEPS, do_center_crop=True)
     edge = tower.image_size
-    if set(config.size) != {"shortest_edge"} or config.crop_size != {"height": edge, "width": edge}:
+    square = {"height": edge, "width": edge}
+    if config.crop_size != square or (config.size != square and set(config.size) != {"shortest_edge"}):
         raise ValueError(
-            f"{where}: size {config.size} and crop_size {config.crop_size} are not supported: the picture's "
-            f"shortest_edge must be given, and the crop be the {edge} pixels of the vision tower"
+            f"{where}: size {config.size} and crop_size {config.crop_size} are not supported: a picture is scaled to "
+            f"the {edge} x {edge} pixels of the vision tower, or its shortest_edge is given and it is cropped to them"
         )
     return config
 

@@ -17,7 +17,10 @@ import llama
 
 
 @torch.no_grad()
-def search(model, input_ids, pixel_values, attention_mask, *, max_new_tokens, num_beams, kv_cache=None, **sampling):
+def search(
+    model, input_ids, pixel_values, attention_mask, *,
+    max_new_tokens, num_beams, kv_cache=None, image_sizes=None, **sampling,
+):  # fmt: skip
     """The likeliest answer of each row that a search along num_beams beams finds, (B, length of the longest) int64.
 
     (Graves 2012; GenerationMixin._beam_search.) sampling: the options of Llava.generate that a search leaves alone.
@@ -25,7 +28,7 @@ def search(model, input_ids, pixel_values, attention_mask, *, max_new_tokens, nu
     """
     check(max_new_tokens, num_beams, **sampling)
     beams = init_beams(len(input_ids), num_beams, max_new_tokens, model.config.padding, model.device)
-    logits, kv_cache = model.prefill(input_ids, pixel_values, attention_mask, kv_cache)
+    logits, kv_cache = model.prefill(input_ids, pixel_values, attention_mask, kv_cache, image_sizes=image_sizes)
     logits = logits.repeat_interleave(num_beams, dim=0)  # (B * n, V)
     room = model.init_kv_cache(len(logits), llama.length(kv_cache) + max_new_tokens - 1)
     kv_cache = moved(fork_cache(kv_cache, num_beams, 0), room)
@@ -48,7 +51,7 @@ def check(max_new_tokens, num_beams, temperature=0.0, top_k=None, top_p=1.0):
 
 
 @torch.no_grad()
-def score(model, answers, input_ids, pixel_values=None, attention_mask=None):
+def score(model, answers, input_ids, pixel_values=None, attention_mask=None, image_sizes=None):
     """log P(answer | prompt) of several answers, each a list of ids, to one prompt (1, T) → (answers,) float32.
 
     The prompt and its pictures are read once; the answers go on from copies of its cache, side by side.
@@ -56,7 +59,7 @@ def score(model, answers, input_ids, pixel_values=None, attention_mask=None):
     rows = [torch.tensor(answer, dtype=torch.int64, device=model.device) for answer in answers]
     ids = pad_sequence(rows, batch_first=True, padding_value=model.config.padding)
     real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
-    first, kv_cache = model.prefill(input_ids, pixel_values, attention_mask)
+    first, kv_cache = model.prefill(input_ids, pixel_values, attention_mask, image_sizes=image_sizes)
     kv_cache = fork_cache(kv_cache, len(answers), ids.shape[1])
     seen = kv_cache["real"][:, : llama.length(kv_cache)]
     rest = model(ids, attention_mask=torch.cat([seen, real], dim=1), kv_cache=kv_cache).logits

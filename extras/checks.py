@@ -12,15 +12,18 @@ is in weights.py. docs/robustness.md lists what happens with each kind.
 import contextlib
 import operator
 import os
+import secrets
 from pathlib import Path
+
+import tokenizers
 
 import llama
 import llava
 import vision
 import weights
-from extras import other_formats
+from extras import anyres, other_formats
+from extras.family import clean
 from extras.intake import open_image  # noqa: F401 (for llava.load)
-from extras.leftovers import clean
 
 # ----------------------------------------------------------------------------------------------------------------
 # Tokenizers
@@ -40,6 +43,8 @@ def named(file):
 class Tokenizer(llama.Tokenizer):
     """llama.Tokenizer, of a file that may be anything. What the caller gives is looked at first, and is no fault of it.
 
+    Nobody must be able to type a special token: a prompt goes to a twin of the tokenizer that knows these tokens by
+    secret spellings alone. To it, "</s>" is four letters.
     text_config: of the model that it belongs to, which may have rows that stand for no token.
     """
 
@@ -47,11 +52,19 @@ class Tokenizer(llama.Tokenizer):
         self.file, self.text_config = small_file(file), text_config
         with named(file):
             super().__init__(file)
+        self.twin = tokenizers.Tokenizer(self.bpe.model)  # one model for both
+        self.twin.normalizer, self.twin.pre_tokenizer = self.bpe.normalizer, self.bpe.pre_tokenizer
+        special, key = self.bpe.get_added_tokens_decoder(), secrets.token_hex(8)
+        self.secret = {i: f"{x[0]}{key}{i:08}{x[-1]}" for i, x in self.spelling.items()}  # neighbours may see its ends
+        for i, token in special.items():
+            token.content = self.secret[i]
+        self.twin.add_tokens([*special.values()])  # with their own flags: to take the spaces beside them, and the like
         added, unknown = self.bpe.get_added_tokens_decoder(), getattr(self.bpe.model, "unk_token", None)
         self.control = {i for i, token in added.items() if token.special and token.content != unknown}
         self.decode(self.encode("\U0010ffff"))  # a character outside any vocabulary: some broken files fail only there
 
     def encode(self, text, special=True):
+        """Text → ids, without <s>. special=False: "</s>", "<image>" and the like are ordinary letters."""
         whole(text)
         if not special:
             return self.encode_pieces([text])
@@ -65,10 +78,24 @@ class Tokenizer(llama.Tokenizer):
             else:
                 self.check([piece])
         with named(self.file):
-            ids = super().encode_pieces(pieces)
+            ids = self.twin_ids(pieces)
         for i in self.control.intersection(ids):
             if ids.count(i) > pieces.count(i):  # some models hold them as whole words, and find them in any text
                 raise ValueError(f"{self.file} takes {self.spelling[i]} in a text for a special token: leave it out")
+        return ids
+
+    def twin_ids(self, pieces):
+        """llama.Tokenizer.encode_pieces by the twin."""
+        spelled = [x if isinstance(x, str) else self.secret.get(x) or self.bpe.id_to_token(x) or "" for x in pieces]
+        found = self.twin.encode("".join(spelled), add_special_tokens=False)
+        ids, place = found.ids, 0
+        for n, piece in enumerate(pieces):
+            if piece in self.secret:
+                at = found.char_to_token(place)
+                if at is None or ids[at] != self.twin.token_to_id(spelled[n]):  # its flags want other neighbours:
+                    return self.twin_ids([*pieces[:n], self.spelling[piece], *pieces[n + 1 :]])  # it is letters
+                ids[at] = piece
+            place += len(spelled[n])
         return ids
 
     def decode(self, ids):
@@ -116,6 +143,7 @@ FIELDS = {  # of every config: its types, and the bounds that no real checkpoint
     "intermediate_size": ((int,), 1, MOST),
     "max_position_embeddings": ((int,), 1, MOST),
     "sliding_window": ((int,), 1, MOST),
+    "original_max_position_embeddings": ((int,), 1, MOST),
     "num_hidden_layers": ((int,), 1, 256),
     "num_attention_heads": ((int,), 1, 4096),
     "num_key_value_heads": ((int,), 1, 4096),
@@ -125,13 +153,21 @@ FIELDS = {  # of every config: its types, and the bounds that no real checkpoint
     "patch_size": ((int,), 1, 4096),
     "rms_norm_eps": ((float,), 1e-30, 1.0),
     "layer_norm_eps": ((float,), 1e-30, 1.0),
+    "projector_layernorm_eps": ((float,), 1e-30, 1.0),
     "rope_theta": ((float,), 1e-30, MOST),
+    "factor": ((float,), 1e-30, MOST),
+    "low_freq_factor": ((float,), 1e-30, MOST),
+    "high_freq_factor": ((float,), 1e-30, MOST),
     "rescale_factor": ((float,), 1e-30, MOST),
     "image_token_index": ((int,), -MOST, MOST),
+    "video_token_index": ((int,), -MOST, MOST),
     "pad_token_id": ((int,), -MOST, MOST),
     "bos_token_id": ((int,), -MOST, MOST),
     "eos_token_id": ((int, list), -MOST, MOST),
     "vision_feature_layer": ((int, list), -256, 256),
+    "vision_feature_layers": ((list,), -256, 256),
+    "vision_aspect_ratio": ((str,), None, None),
+    "use_sliding_window": ((bool,), None, None),
     "resample": ((int,), 0, 5),
     "image_mean": ((list,), -MOST, MOST),
     "image_std": ((list,), 1e-30, MOST),
@@ -167,7 +203,7 @@ def checkpoint(folder):
         for text in [place for place in parts if place.endswith("text_config")]:
             parts |= {f"{text}: {rope}": part(parts[text], rope, text) for rope in ("rope_scaling", "rope_parameters")}
         if name == "config.json":
-            weights.check_kind(values, where)  # the fields of another kind of model are no matter of ours
+            other_formats.check_kind(values, where)  # the fields of another kind of model are no matter of ours
             other_formats.check_quantization(values, where)
         for place, section in {str(where): values, **parts}.items():
             fields(section, place)
@@ -254,10 +290,27 @@ def sizes(folder):
         raise ValueError(f"{where}: vision_feature_layer is {layers}, and the tower has {most} layers")
     if (strategy := config.vision_feature_select_strategy) not in ("default", "full"):
         raise ValueError(f"{where}: vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
+    if text.rope_scaling is not None and text.rope_scaling[1] >= text.rope_scaling[2]:
+        raise ValueError(f"{where}: text_config.rope_scaling: high_freq_factor must be above low_freq_factor")
     pictures = weights.read_preprocess_config(folder, vision.PreprocessConfig, tower)
+    tiles(config, strategy, pictures, where)
     if not len(pictures.image_mean) == len(pictures.image_std) == 3:
         file = folder / ("processor_config.json" if has_nested(folder) else "preprocessor_config.json")
         raise ValueError(f"{file}: image_mean and image_std must have 3 numbers")
+
+
+def tiles(config, strategy, pictures, where):
+    """Check how pictures are cut into tiles, if they are: in config.json as in the file for the preprocessing."""
+    try:
+        plan = anyres.plan(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    right = "default" if config.vision_config.class_token else "full"
+    if plan is not None and strategy != right:
+        why = f"vision_feature_select_strategy is {strategy!r}: what this tower sees fills a square only with {right!r}"
+        raise ValueError(f"{where}: {why}")
+    if pictures.image_grid_pinpoints not in (None, config.image_grid_pinpoints):
+        raise ValueError(f"{where}: image_grid_pinpoints are not those of preprocessor_config.json")
 
 
 def shards(folder):

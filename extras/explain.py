@@ -26,6 +26,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from extras import lens
@@ -115,8 +116,9 @@ class Record:
             self.stages.append(Stage(name, tuple(tensor.shape), written_dtype(tensor), self.lap(), tensor.nbytes))
 
     def first(self, model, args, kwargs):
-        """The pass over the prompt, whose ids and pixels Llava.prefill gives by position."""
-        self.ids, self.kv_cache = model.expanded(*args[:2])[0], kwargs["kv_cache"]
+        """The pass over the prompt."""
+        self.ids, self.kv_cache = args[0], kwargs["kv_cache"]  # Llava.prefill has expanded them
+        self.sizes = kwargs["image_sizes"]
         self.note("ids", self.ids)
         if args[1] is not None:
             self.note("pixels", args[1])
@@ -163,20 +165,22 @@ def table(record):
 
 
 @torch.no_grad()
-def attention_on_pictures(model, ids, kv_cache, said):
-    """Read question and answer again → attention on the pictures' patches (L, A, R, N * P), and how many of R are the
-    question's.
+def attention_on_pictures(model, ids, kv_cache, said, onto=None):
+    """Read question and answer again → attention on the pictures' patches (L, A, R, Q), and how many of R are the
+    question's. onto: what lens.onto_patches says of pictures whose positions are not their patches.
 
     The last of the question's words chooses the answer's first one, and so on: word i of the answer was chosen at row
     question - 1 + i.
     """
-    columns = lens.image_positions(model, ids).flatten()
+    columns = (ids[0] == model.config.image_token_index).nonzero()[:, 0]
+    if onto is None:
+        columns = lens.image_positions(model, ids).flatten()
     first = int(columns[-1]) + 1
     kv_cache["length"].fill_(first)
     words = torch.cat([ids[0, first:], torch.tensor(said[:-1], dtype=ids.dtype, device=ids.device)])
     out = model(inputs_embeds=model.llama.embed(words[None]), kv_cache=kv_cache, output_attentions=True)
-    weights = torch.stack([layer[0, :, :, columns].float().cpu() for layer in out.attentions])  # (L, A, R, N * P)
-    return weights, ids.shape[1] - first
+    weights = torch.stack([layer[0, :, :, columns].float().cpu() for layer in out.attentions])  # (L, A, R, Q)
+    return weights if onto is None else weights @ onto, ids.shape[1] - first
 
 
 def views(weights, question, cells):
@@ -241,8 +245,9 @@ def page(model, processor, options, images, record, said):
     """The page as a string, with everything in it: nothing is fetched."""
     data = {"words": words(processor, record, said), "pictures": [], "views": [], "maps": ""}
     if images:
-        weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said)
-        data |= looks(weights, question, [picture(image, model, processor, options) for image in images])
+        grid, onto = lens.onto_patches(model, record.ids, record.sizes, images)
+        weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said, onto)
+        data |= looks(weights, question, [picture(image, model, processor, options, grid) for image in images])
     data["opens"] = opening(data["words"], data.pop("peaks", None))
     title = "Where it looked" if images else "How it answered"
     return filled(data, title, options.model, options.prompt, processor.decode(said), lines(record))
@@ -314,7 +319,7 @@ def written(processor, token):
     return (processor.as_text([token]) or f"id {token}").replace("▁", " ")
 
 
-def picture(image, model, processor, options):
+def picture(image, model, processor, options, grid):
     """A picture for the page, as `looks` wants it: small enough, and the rectangle of it that each patch covers."""
     small = image.copy()
     small.thumbnail((WIDEST, WIDEST))
@@ -322,8 +327,11 @@ def picture(image, model, processor, options):
     small.save(plain[0], "PNG", optimize=True)
     small.save(plain[1], "JPEG", quality=80)
     kind, file = min(zip(("png", "jpeg"), plain, strict=True), key=lambda pair: len(pair[1].getvalue()))
-    grid = model.vision.grid
-    boxes = lens.patch_boxes(*image.size, grid, processor.preprocess_config, options.pad)
+    if model.image_newline is None:
+        boxes = lens.patch_boxes(*image.size, grid, processor.preprocess_config, options.pad)
+    else:  # lens.onto_patches has laid what all its tiles got over the whole picture
+        lines = np.stack([np.arange(grid), np.arange(1, grid + 1)], axis=1) / grid
+        boxes = lens.rectangles(lines * image.height, lines * image.width)
     return {
         "name": "",
         "src": f"data:image/{kind};base64,{encoded(file.getvalue())}",

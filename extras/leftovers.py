@@ -121,7 +121,8 @@ def drop_defaults(text):
         del text["partial_rotary_factor"]
     if text.get("hidden_act") == "swish":  # another name of the same function
         text["hidden_act"] = "silu"
-    windowed = text.get("model_type") == "mistral" and (weights.MISTRAL | text)["sliding_window"] is not None
+    default = weights.kind_of(llama.TextConfig, text).get("sliding_window")  # None of a kind that has no window
+    windowed = default is not None and text.get("sliding_window", default) is not None
     layers = text.get("layer_types")  # which layers see a window: there is one rule for all of them here
     if isinstance(layers, list) and all(kind == ("sliding" if windowed else "full") + "_attention" for kind in layers):
         del text["layer_types"]
@@ -148,11 +149,11 @@ def drop_copies(parts, where):
     if None not in names and names[0] != names[1]:
         raise ValueError(f"{where}: image_token_index is {names[0]!r}, and image_token_id {names[1]!r}")
     rope = (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
-    mistral = weights.MISTRAL if text.get("model_type") == "mistral" else {}
+    seen = weights.kind_of(vision.VisionConfig, tower) | (tower or weights.PUBLISHED_TOWER)
     meant = {
         TOP: filled(llava.LlavaConfig, top | {"image_token_index": names[0] or names[1]}),
-        TEXT: filled(llama.TextConfig, mistral | text | rope) | weights.TEXT_FIXED,
-        TOWER: filled(vision.VisionConfig, tower or weights.PUBLISHED_TOWER),
+        TEXT: filled(llama.TextConfig, weights.kind_of(llama.TextConfig, text) | text | rope) | weights.TEXT_FIXED,
+        TOWER: filled(vision.VisionConfig, seen),
     }
     meant[TOP] = {name: value for name, value in meant[TOP].items() if name not in (TEXT, TOWER)}
     meant[TOP] |= {"image_token_id": meant[TOP]["image_token_index"], "projector_hidden_act": "gelu"}

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import vision
+from extras import anyres
 
 # ----------------------------------------------------------------------------------------------------------------
 # Hearing
@@ -97,10 +98,13 @@ def patched(module, change):
 
 
 def image_positions(model, ids):
-    """Where the patches of each picture stand in one row of expanded ids (1, T) → (N, P). A class token is left out."""
-    patches = model.vision.grid**2
-    extra = int(model.config.vision_feature_select_strategy == "full")
-    return (ids[0] == model.config.image_token_index).nonzero()[:, 0].view(-1, extra + patches)[:, extra:]
+    """Where the patches of each picture stand in one row of expanded ids (1, T) → (N, P). A class token is left out.
+
+    Not of a picture in tiles: there each has a number of its own, and tile_boxes says what each position shows.
+    """
+    (count,) = model.feature_counts(range(1))
+    extra = max(0, count - model.vision.grid**2)
+    return (ids[0] == model.config.image_token_index).nonzero()[:, 0].view(-1, count)[:, extra:]
 
 
 def patch_boxes(width, height, grid, config, pad=None):
@@ -119,6 +123,84 @@ def patch_boxes(width, height, grid, config, pad=None):
     corners = np.stack([columns, rows, columns + 1, rows + 1], axis=1) / grid  # (P, 4), fractions of what is kept
     corners = corners * np.tile([config.crop_size["width"], config.crop_size["height"]], 2) + np.tile([left, top], 2)
     return corners * np.tile([width / size[0], height / size[1]], 2) - np.tile(margin, 2)
+
+
+def tile_boxes(height, width, plan, alone=True):
+    """The same for a picture in tiles: the rectangle of the original picture that each of its positions shows.
+
+    → (M, 4) left, top, right, bottom, in the order of the prompt: the whole picture, then the map, nan for newlines.
+    What lies outside of the picture is padding. A position of a shrunk map stands for its share of the map.
+    plan, alone: those of anyres.cut.
+    """
+    if not anyres.tiled(plan, alone):
+        side = max(height, width)
+        down, across = (spans(plan, plan.side) * side / plan.tile - (side - edge) // 2 for edge in (height, width))
+        return np.concatenate([rectangles(down, across), np.full((1, 4), np.nan)])
+    whole = rectangles(*(spans(plan, plan.side) * edge / plan.tile for edge in (height, width)))
+    size, grid = (height, width), anyres.choose(height, width, plan)
+    cells = [edge // plan.tile * plan.side for edge in grid]
+    cut, kept = anyres.margins(height, width, *cells), anyres.map_size(height, width, plan)
+    scaled = anyres.fit(height, width, grid)
+    axes = (spans(plan, cells[i] - 2 * cut[i], kept[i], cut[i]) - (grid[i] - scaled[i]) // 2 for i in (0, 1))
+    own = rectangles(*(x * size[i] / scaled[i] for i, x in enumerate(axes))).reshape(*kept, 4)
+    own = np.concatenate([own, np.full((len(own), 1, 4), np.nan)], axis=1)
+    return np.concatenate([whole, own.reshape(-1, 4)])
+
+
+def spans(plan, number, parts=None, first=0):
+    """Where features begin and end along one axis of the grid, in its pixels: (parts, 2).
+
+    number features from the given first one on, divided into so many equal parts; None: one part each. Between two
+    tiles lie the pixels that fill no patch.
+    """
+    parts = number if parts is None else parts
+    ends = first + np.arange(parts + 1) * number / max(parts, 1)
+    begin, end = ends[:-1], ends[1:]
+    last = np.ceil(end) - 1  # the feature in which a part ends
+    begin = begin // plan.side * plan.tile + begin % plan.side * plan.patch
+    return np.stack([begin, last // plan.side * plan.tile + (last % plan.side + end - last) * plan.patch], axis=1)
+
+
+def rectangles(down, across):
+    """Spans (rows, 2) and (columns, 2) → rectangles (rows · columns, 4), row by row."""
+    rows, columns = np.divmod(np.arange(len(down) * len(across)), max(len(across), 1))
+    return np.stack([across[columns, 0], down[rows, 0], across[columns, 1], down[rows, 1]], axis=1)
+
+
+def onto_grid(boxes, width, height, grid):
+    """Which part of each box (M, 4) lies in each cell of a grid over a picture → (M, grid²), fractions of the box.
+
+    boxes: from tile_boxes; of a newline, which shows nothing, all are 0.
+    """
+    lines = np.arange(grid + 1) / grid
+
+    def along(low, high, size):
+        begin, end = np.maximum(low, lines[:-1] * size), np.minimum(high, lines[1:] * size)  # (M, grid)
+        return np.nan_to_num((end - begin).clip(0) / (high - low))
+
+    left, top, right, bottom = boxes.T[:, :, None]
+    parts = along(top, bottom, height)[:, :, None] * along(left, right, width)[:, None]
+    return torch.from_numpy(parts.reshape(len(boxes), -1)).float()
+
+
+def onto_patches(model, ids, sizes, images):
+    """How many patches the page of explain.py has along a side of a picture, and a matrix from the positions of all
+    pictures to those patches, (positions, Q); None where each position is a patch.
+
+    A picture in tiles is seen twice, as a whole and in parts: a patch has what both of them got, by area.
+    """
+    grid, parts = model.vision.grid, []
+    if model.image_newline is None:
+        (count,) = model.feature_counts(range(1))
+        missing = grid**2 - count  # the first patch, where "default" leaves it out of a tower without a class token
+        return grid, torch.block_diag(*[torch.eye(grid**2)[missing:]] * len(images)) if missing > 0 else None
+    grid, plan = 2 * grid, anyres.plan(model.config)
+    alone = anyres.lone(ids, model.config.image_token_index, sizes, plan)
+    for image, (height, width), single in zip(images, sizes.tolist(), alone, strict=True):
+        margin = (width - image.width) // 2, (height - image.height) // 2  # what --pad put around it
+        boxes = tile_boxes(height, width, plan, single) - np.tile(margin, 2)
+        parts.append(onto_grid(boxes, image.width, image.height, grid))
+    return grid, torch.block_diag(*parts)
 
 
 def without_sinks(weights):

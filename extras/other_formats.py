@@ -8,8 +8,10 @@ import json
 import re
 import warnings
 
+import llama
+import vision
 import weights
-from extras import leftovers
+from extras import family, leftovers
 
 INSTEAD = "take the 16-bit checkpoint that they were made from, and --quantize int8 or int4"
 STAND_INS = [  # how a small text begins that came in place of a file: what it is, and what to do
@@ -97,6 +99,20 @@ def adapter_of(folder):
     kind = kind if isinstance(kind, str) and kind.isalnum() else "of an unknown kind"
     base = f"{base!r:.200}" if isinstance(base, str) and base else "a model that it does not name"
     return f"{kind}, of {base}"
+
+
+def check_kind(values, where):
+    """Raise ValueError that says which other kind of model a config.json describes."""
+    if "mm_vision_tower" in values or "mm_projector_type" in values:
+        raise ValueError(f"{where} is in the authors' own format: use the same model as llava-hf converted it")
+    if values.get("model_type") not in [*family.KINDS]:
+        names = values.get("architectures")
+        name = names[0] if isinstance(names, list) and names else values.get("model_type")
+        raise ValueError(f"{where} describes a {name}; this is LLaVA and nothing else: {', '.join(family.KINDS)}")
+    for part, cls in {"text_config": llama.TextConfig, "vision_config": vision.VisionConfig}.items():
+        kind = (values.get(part) or {}).get("model_type", next(iter(cls.KINDS)))
+        if kind not in [*cls.KINDS]:
+            raise ValueError(f"{where}: {part}.model_type is {kind!r}; supported: {', '.join(cls.KINDS)}")
 
 
 def check_quantization(values, where):

@@ -35,7 +35,8 @@ def split(model, dtype):
         for name in ROWS + COLUMNS:
             parent, _, own = name.rpartition(".")
             layer = block.get_submodule(name)
-            part = SplitLinear(layer.in_features, layer.out_features, dtype, dim=int(name in COLUMNS))
+            bias = layer.bias is not None
+            part = SplitLinear(layer.in_features, layer.out_features, dtype, dim=int(name in COLUMNS), bias=bias)
             setattr(block.get_submodule(parent), own, part)
     heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
     model.config = dataclasses.replace(config, **heads)
@@ -44,25 +45,30 @@ def split(model, dtype):
 class SplitLinear(nn.Module):
     """x Wᵀ of which this process holds some rows of W (dim 0), or some columns and adds up with the others (dim 1).
 
-    For answers alone: a part of a matrix can be neither trained nor saved.
+    For answers alone: a part of a matrix can be neither trained nor saved. bias: of W by rows; it is held whole.
     """
 
-    def __init__(self, in_features, out_features, dtype, dim):
+    def __init__(self, in_features, out_features, dtype, dim, bias=False):
         super().__init__()
         shape, self.dim = [out_features, in_features], dim
         shape[dim] //= dist.get_world_size()
         self.register_buffer("w", torch.empty(shape, dtype=dtype, device="meta"))
+        whole = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta")) if bias else None
+        self.register_parameter("bias", whole)
 
     def take_weight(self, part, device):
         """Take this process's rows or columns out of a slice of a file, (outputs, inputs) → them."""
-        size = self.w.shape[self.dim]
-        own = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
-        numbers = part[own] if self.dim == 0 else part[:, own]
+        numbers = part[self.own()] if self.dim == 0 else part[:, self.own()]
         self.w = numbers.to(device, self.w.dtype, copy=True)
         return self.w
 
+    def own(self):
+        """Which rows or columns of the whole matrix this process has, a slice."""
+        size = self.w.shape[self.dim]
+        return slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
+
     def forward(self, x):
-        x = F.linear(x, self.w)
+        x = F.linear(x, self.w, None if self.bias is None else self.bias[self.own()])
         if self.dim == 1:
             dist.all_reduce(x)
         return x

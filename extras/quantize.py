@@ -97,7 +97,7 @@ def packed_integer_product_shape(x, w, scale):
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ for a W that is stored as integers. A kind has
+    """x Wᵀ + b for a W that is stored as integers. A kind has
 
     rounded   rows of W → their integers and scales
     product   x times some rows, dequantised
@@ -111,13 +111,19 @@ class QuantizedLinear(nn.Module):
     BLOCK = 64  # rows and columns of W come in blocks of so many
     CHUNK = 512  # rows of W that are dequantised at a time, whole blocks too
 
-    def __init__(self, in_features, out_features):
+    def __init__(self, in_features, out_features, dtype, bias=False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
         self.rows, self.columns = (math.ceil(size / self.BLOCK) * self.BLOCK for size in (out_features, in_features))
         self.most = 0  # up to this many rows of x the kernel is faster than the plain product
 
     def forward(self, x):
+        x = self.multiplied(x)
+        return x if self.bias is None else x + self.bias
+
+    def multiplied(self, x):
+        """x Wᵀ: by the kernel where it is faster."""
         rows = x.flatten(0, -2).contiguous()
         if self.columns > self.in_features:
             rows = F.pad(rows, (0, self.columns - self.in_features))
@@ -143,7 +149,7 @@ class QuantizedLinear(nn.Module):
         q, scale = self.q, self.scale
         try:
             self.pack()
-            self(torch.zeros(1, self.in_features, dtype=scale.dtype))
+            self.multiplied(torch.zeros(1, self.in_features, dtype=scale.dtype))
         except (AttributeError, NotImplementedError):
             self.q, self.scale, self.most = q, scale, 0
 
@@ -164,8 +170,8 @@ class Int8Linear(QuantizedLinear):
 
     ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
 
-    def __init__(self, in_features, out_features, dtype):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features, out_features, dtype, bias=False):
+        super().__init__(in_features, out_features, dtype, bias)
         self.register_buffer("q", torch.empty(self.rows, self.columns, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(self.rows, dtype=dtype))
 
@@ -204,8 +210,8 @@ class Int4Linear(QuantizedLinear):
 
     ROWS_OF_SCALE = 1
 
-    def __init__(self, in_features, out_features, dtype):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features, out_features, dtype, bias=False):
+        super().__init__(in_features, out_features, dtype, bias)
         blocks, groups = self.rows // self.BLOCK, self.columns // self.BLOCK
         self.register_buffer("q", torch.empty(blocks, self.columns, self.BLOCK // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(groups, self.rows, 2, dtype=dtype))

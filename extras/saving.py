@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import llava
 import weights
+from extras import family
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")  # passed on for transformers: nothing here reads them
-PROCESSOR_CLASS = {"processor_class": "LlavaProcessor"}
 STALE = (*TEMPLATES, "special_tokens_map.json", "added_tokens.json")  # where another checkpoint's would be believed
 
 
@@ -60,20 +60,39 @@ def check_places(model):
 
 def json_files(config, preprocess_config, dtype):
     """weights.read_config the other way round: {file name: JSON object}, as it and transformers read them."""
-    values = dataclasses.asdict(config)
-    values |= {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
-        "projector_hidden_act": "gelu",
-    }
+    kind, values = family.KINDS[config.model_type], dataclasses.asdict(config)
+    values |= {"architectures": [kind.architecture], "projector_hidden_act": "gelu"}
     values |= {"vocab_size": config.text_config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
-    values["vision_config"]["model_type"] = "clip_vision_model"
-    # only Llava's class of the two pads to a square
-    kind = {"image_processor_type": "LlavaImageProcessor" if preprocess_config.do_pad else "CLIPImageProcessor"}
-    preprocessor = dataclasses.asdict(preprocess_config) | weights.STEPS | kind | PROCESSOR_CLASS
+    for name in family.OURS:  # what a class does not have does not stand in its files
+        if values[name] is None:
+            del values[name]
+    text, tower = values["text_config"], values["vision_config"]
+    del text["qkv_bias"], tower["class_token"], tower["first_norm"], tower["patch_bias"]
+    numbers = text.pop("rope_scaling")
+    if numbers is not None:
+        text["rope_scaling"] = {"rope_type": "llama3", **dict(zip(weights.ROPES["llama3"], numbers, strict=True))}
+    if not config.vision_config.class_token:
+        tower["vision_use_head"] = False
+    preprocessor = picture_file(config, preprocess_config) | {"processor_class": kind.processor}
     ends = {"eos_token_id": config.eos_token_ids, "pad_token_id": config.padding}
     generation = {"bos_token_id": config.text_config.bos_token_id, **ends}
     return {"config.json": values, "generation_config.json": generation, "preprocessor_config.json": preprocessor}
+
+
+def picture_file(config, preprocess_config):
+    """preprocessor_config.json."""
+    values = dataclasses.asdict(preprocess_config) | weights.STEPS
+    squashed = "height" in preprocess_config.size
+    if squashed:
+        del values["crop_size"]
+    if preprocess_config.image_grid_pinpoints is None:
+        del values["image_grid_pinpoints"]
+    # of the plain ones only Llava's class pads to a square, and SigLIP's does not crop
+    plain = "LlavaImageProcessor" if preprocess_config.do_pad else "CLIPImageProcessor"
+    plain = "SiglipImageProcessor" if squashed and not preprocess_config.do_pad else plain
+    kind = family.KINDS[config.model_type].pictures or plain
+    values["do_pad"] |= kind in ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # with tiles of zeros
+    return values | {"image_processor_type": kind, "do_center_crop": not squashed}
 
 
 def processor_files(config, bpe):
@@ -85,17 +104,23 @@ def processor_files(config, bpe):
     def token(i):
         return added[i].content if i in added else bpe.id_to_token(i)
 
+    kind = {"processor_class": family.KINDS[config.model_type].processor}
     processor = {
-        **PROCESSOR_CLASS,
+        **kind,
         "image_token": token(config.image_token_index),
         "patch_size": config.vision_config.patch_size,
-        "num_additional_image_tokens": 1,  # the class token; for "default" LlavaProcessor subtracts it again
+        # the class token; for "default" LlavaProcessor subtracts one again
+        "num_additional_image_tokens": int(config.vision_config.class_token),
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
     }
+    if config.vision_aspect_ratio is not None:
+        patches = config.vision_config.image_size // config.vision_config.patch_size
+        processor |= {"num_image_tokens": patches**2, "vision_aspect_ratio": config.vision_aspect_ratio}
+        processor |= {"video_token": token(config.video_token_index)}
     ids = {"bos": config.text_config.bos_token_id, "eos": config.eos_token_ids[0], "pad": config.padding}
     names = {f"{name}_token": token(i) for name, i in ids.items() if i is not None and token(i)}
     tokens = {
-        **PROCESSOR_CLASS,
+        **kind,
         **names,
         "image_token": processor["image_token"],
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that 4.x and 5.x both know

@@ -15,7 +15,8 @@ def init_weights(model):
     """
     normal, tower = nn.init.normal_, model.vision
     width, scale = tower.config.hidden_size, (2 * tower.config.num_hidden_layers) ** -0.5
-    normal(tower.class_embedding, std=width**-0.5)
+    if tower.class_embedding is not None:
+        normal(tower.class_embedding, std=width**-0.5)
     normal(tower.patch_embedding.weight, std=0.02)
     normal(tower.position_embedding, std=0.02)
     for block in tower.blocks:
@@ -24,7 +25,7 @@ def init_weights(model):
         normal(block.attention.wo.weight, std=width**-0.5)
         normal(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
     for module in tower.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
@@ -32,8 +33,15 @@ def init_weights(model):
     for module in model.llama.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             normal(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
         elif isinstance(module, llama.RMSNorm):
             nn.init.ones_(module.weight)
+    for norm in model.projector.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.reset_parameters()
+    if model.image_newline is not None:
+        normal(model.image_newline, std=len(model.image_newline) ** -0.5)
     for layer in (model.projector.linear_1, model.projector.linear_2):
         normal(layer.weight, std=0.02)
         if layer.bias is not None:

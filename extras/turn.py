@@ -27,11 +27,12 @@ def open_named(name):
 def answer(model, processor, options, turns, images, conversation=None):
     """Yield the answer to the last turn in pieces of text. The conversation goes on from its end or interruption."""
     conversation = conversation or Conversation(processor.tokenizer.bos)
-    pieces = processor.pieces(turns, len(images))
+    past = llama.length(conversation.kv_cache)
+    pieces = processor.pieces(turns, len(images), going_on=past > 0)
     inputs = processor.prepare([following(processor.tokenizer, conversation, pieces)], images, options.pad)
     del inputs["attention_mask"]  # a single row has no padding, and the cache keeps its own mask
-    past = llama.length(conversation.kv_cache)
-    end = check_prompt(model, processor, options, [*conversation.ids, *pieces], inputs, past)
+    shown = conversation.ids[:-1] if past else conversation.ids  # the end of the last answer begins the pieces
+    end = check_prompt(model, processor, options, [*shown, *pieces], inputs, past)
     cost, said = Cost(model), []
     sampling = dict(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
     sampling["max_new_tokens"] = min(options.max_new_tokens, context(model) - end + 1)
@@ -58,14 +59,15 @@ def answer(model, processor, options, turns, images, conversation=None):
 def following(tokenizer, conversation, pieces):
     """The ids that the model has not read yet: the conversation's, and behind them those of the next turn's pieces.
 
-    A later turn is encoded behind the end of the last answer, where the whole conversation has it: text may begin in
-    another way there than it does in front.
+    The pieces of a later turn begin with the end of the last answer, as the form has it there: text may begin in
+    another way behind it than it does in front.
     """
     ids = conversation.ids
     if llama.length(conversation.kv_cache):
-        behind = tokenizer.encode_pieces([ids[-1], *pieces])
-        if behind[0] == ids[-1]:  # or, by its flags, this end would be letters in front of a text
-            return [*ids, *behind[1:]]
+        behind, end = tokenizer.encode_pieces(pieces), pieces[0]
+        if isinstance(end, int) and behind[0] != end:  # by its flags, this end would be letters in front of a text
+            return [*ids[:-1], end, *tokenizer.encode_pieces(pieces[1:])]
+        return [*ids[:-1], *behind]
     return [*ids, *tokenizer.encode_pieces(pieces)]
 
 
@@ -88,7 +90,7 @@ def as_text(tokenizer, ids, seen=None):
 
 def check_prompt(model, processor, options, pieces, inputs, past=0):
     """Where a prompt ends, behind `past` positions. Refuses one that is too long; prints it to stderr if asked to."""
-    new = model.expanded(inputs["input_ids"], inputs.get("pixel_values"))[0].shape[1]
+    new = model.expanded(**inputs)[0].shape[1]
     if past + new > context(model):
         hint = "ask for less at once"
         if past:
@@ -103,7 +105,8 @@ def check_prompt(model, processor, options, pieces, inputs, past=0):
 
 def context(model):
     """How many positions a conversation may take: the trained length, capped so that the cache stays small enough."""
-    return min(model.config.text_config.max_position_embeddings, 8192)
+    most = 8192 if model.image_newline is None else 16384  # a single picture in tiles may take 8765
+    return min(model.config.text_config.max_position_embeddings, most)
 
 
 # ----------------------------------------------------------------------------------------------------------------

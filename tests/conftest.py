@@ -3,14 +3,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import smollm2
 import torch
 from reference import EDGE, FAMILIES, PAD, load_reference, make_checkpoint
 
 import llava
 
-pytest.register_assert_rewrite("checkpoints", "examples", "forks", "inputs", "pictures", "talkers")
+pytest.register_assert_rewrite("checkpoints", "examples", "forks", "inputs", "line", "pictures", "talkers")
 from checkpoints import Checkpoint  # noqa: E402
 from inputs import PROMPTS  # noqa: E402
+from line import Made  # noqa: E402
 
 torch.set_num_threads(1)  # the models of these tests are so small that threads only wait for one another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +25,12 @@ signal.signal(
 def checkpoints(tmp_path_factory):
     """family → the folder of a random checkpoint in the published layout, float32."""
     return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The line of LLaVAs: made.folder(name), made.pair(name)."""
+    return Made(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +74,14 @@ def data():
     if "LLAVA_TEST_DATA" not in os.environ:
         pytest.skip("needs photographs and the published tokenizer: CONTRIBUTING.md says how to get them")
     return Path(os.environ["LLAVA_TEST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def real_words(tmp_path_factory):
+    """The folder of a LLaVA whose language model others trained on real words: tests/smollm2.py."""
+    if smollm2.reason():
+        pytest.skip(smollm2.reason())
+    return smollm2.made() or smollm2.make(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture

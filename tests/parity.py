@@ -28,12 +28,13 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
 import weights
-from extras import hub, intake, speed
+from extras import anyres, family, hub, intake, lens, speed
+from extras.lens import patched
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "Describe the image."
 NEW_TOKENS = 24
-EXACT = ("ids", "pixels", "tokens", "beams")  # stages that must be the same number for number
+EXACT = ("ids", "pixels", "sizes", "tokens", "beams")  # stages that must be the same number for number
 IN_FLOAT32 = ("loss", "gradient")  # stages that the reference computes in float32 even in float64
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -41,19 +42,28 @@ SIXTEEN = (torch.bfloat16, torch.float16)
 def ours(model, processor, image, gradients=True, pad=None, question=QUESTION):
     """Every stage of our model on one question about one picture: {name: tensor}, in the order of the data's flow."""
     inputs = processor.chat([("user", question)], [image], pad)
-    ids, _ = model.expanded(inputs["input_ids"], inputs["pixel_values"])
+    ids, _ = model.expanded(**inputs)
+    pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     stages = {"ids": ids, "pixels": inputs["pixel_values"]}
     with torch.no_grad():
-        states = model.vision(inputs["pixel_values"].to(model.device), range(len(model.vision.blocks) + 1))
-        out = model(**inputs, output_hidden_states=True)
-        stages |= {f"vision.{i}": state for i, state in enumerate(states)}
-        stages |= {"projector": out.image_hidden_states, "merge": out.hidden_states[0]}
+        tiles = inputs["pixel_values"].flatten(0, -4).to(model.device)  # of a picture in tiles: as many pictures
+        states = model.vision(tiles, range(len(model.vision.blocks) + 1))
+        with patched(model.projector, keep(found := [])):
+            out = model(**inputs, output_hidden_states=True)
+        stages |= {f"vision.{i}": state for i, state in enumerate(states)} | {"projector": found[0]}
+        if isinstance(out.image_hidden_states, list):  # packed: the tiles joined and trimmed; newline: with these
+            own = anyres.plan(model.config)
+            rows = ~torch.from_numpy(lens.tile_boxes(image.height, image.width, own)).isnan()[:, 0]
+            (features,) = out.image_hidden_states
+            packed = features[rows.to(features.device)]
+            stages |= {"sizes": inputs["image_sizes"], "packed": packed, "newline": features}
+        stages["merge"] = out.hidden_states[0]
         stages |= {f"llama.{i}": state for i, state in enumerate(out.hidden_states[1:], start=1)}
         stages["logits"] = out.logits
         weights_ = model(**inputs, output_attentions=True).attentions
         stages |= {f"attention.{i}": weight for i, weight in enumerate(weights_, start=1)}
     labels = ids.masked_fill(ids == model.config.image_token_index, -100)
-    stages |= loss_and_gradients(lambda: model(ids, inputs["pixel_values"], labels=labels).loss, model, gradients, str)
+    stages |= loss_and_gradients(lambda: model(ids, **pictures, labels=labels).loss, model, gradients, str)
     stages["tokens"] = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
     stages["beams"] = model.generate(**inputs, max_new_tokens=NEW_TOKENS, num_beams=3)
     return on_cpu(stages)
@@ -61,26 +71,30 @@ def ours(model, processor, image, gradients=True, pad=None, question=QUESTION):
 
 def theirs(reference, folder, model_config, preprocess_config, prompt, image, gradients=True):
     """The same stages from transformers (LlavaForConditionalGeneration 5.x), under the same names."""
-    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    values = {
-        name: getattr(preprocess_config, name) for name in ("size", "crop_size", "resample", "image_mean", "image_std")
-    }
-    pixels = CLIPImageProcessorPil(**values)(image, return_tensors="pt")["pixel_values"]
-    tower = model_config.vision_config
-    features = (tower.image_size // tower.patch_size) ** 2 + (model_config.vision_feature_select_strategy == "full")
+    seen = their_pictures(model_config, preprocess_config, image)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    pictures = {name: tensor.to(reference.device) for name, tensor in seen.items()}
+    pictures["pixel_values"] = pixels = pictures["pixel_values"].to(reference.dtype)
+    with torch.no_grad(), patched(reference.model.multi_modal_projector, keep(found := [])):
+        features = reference.model.get_image_features(**pictures).pooler_output
+    counts = [len(x) for x in features]
     # its processor repeats <image> in the text, once for each feature
-    ids = tokenizer(prompt.replace(llava.IMAGE, llava.IMAGE * features), return_tensors="pt")["input_ids"]
-    stages = {"ids": ids, "pixels": pixels}
-    ids, pixels = ids.to(reference.device), pixels.to(reference.device, reference.dtype)
+    token = tokenizer.convert_ids_to_tokens(model_config.image_token_index)
+    ids = tokenizer(prompt.replace(token, token * sum(counts)), return_tensors="pt")["input_ids"]
+    stages = {"ids": ids, "pixels": seen["pixel_values"]}
+    ids = ids.to(reference.device)
     mask = torch.ones_like(ids)
-    inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": mask}
+    inputs = {"input_ids": ids, **pictures, "attention_mask": mask}
     with torch.no_grad():
-        tower = reference.model.vision_tower(pixels, output_hidden_states=True)
+        tower = reference.model.vision_tower(pixels.flatten(0, -4), output_hidden_states=True)
         out = reference(**inputs, output_hidden_states=True)
-        stages |= {f"vision.{i}": state for i, state in enumerate(tower.hidden_states)}
-        stages |= {"projector": out.image_hidden_states[None], "merge": out.hidden_states[0]}
+        stages |= {f"vision.{i}": state for i, state in enumerate(tower.hidden_states)} | {"projector": found[0]}
+        if "image_sizes" in pictures:
+            stages |= {"sizes": seen["image_sizes"], "packed": their_packing(reference, found[0], pictures)}
+            stages["newline"] = features[0]
+        stages["merge"] = out.hidden_states[0]
         stages |= {f"llama.{i}": state for i, state in enumerate(out.hidden_states[1:], start=1)}
         stages["logits"] = out.logits
         reference.set_attn_implementation("eager")
@@ -97,6 +111,37 @@ def theirs(reference, folder, model_config, preprocess_config, prompt, image, gr
     stages["tokens"] = reference.generate(**inputs, **options)[:, ids.shape[1] :]
     stages["beams"] = reference.generate(**inputs, **options, num_beams=3)[:, ids.shape[1] :]
     return on_cpu(stages)
+
+
+def their_pictures(config, preprocess_config, image):
+    """What the reference's class of pictures makes of one."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    squashed = "height" in preprocess_config.size
+    plain = SiglipImageProcessorPil if squashed else CLIPImageProcessorPil
+    cls = {"llava_next": LlavaNextImageProcessorPil, "llava_onevision": LlavaOnevisionImageProcessorPil}
+    names = ("size", "resample", "image_mean", "image_std", *([] if squashed else ["crop_size"]))
+    values = {name: getattr(preprocess_config, name) for name in names}
+    if config.image_grid_pinpoints is not None:
+        values["image_grid_pinpoints"] = config.image_grid_pinpoints
+    found = cls.get(config.model_type, plain)(**values)(image, return_tensors="pt")
+    return {name: found[name] for name in ("pixel_values", "image_sizes") if name in found}
+
+
+def their_packing(reference, tiles, pictures):
+    """The features of one picture's tiles, put together by the reference, without the newlines."""
+    config = reference.config
+    more = [] if config.model_type == "llava_onevision" else [config.vision_feature_select_strategy]
+    packed, _ = reference.model.pack_image_features([tiles], pictures["image_sizes"], *more, image_newline=None)
+    return packed[0]
+
+
+def keep(found):
+    """A hook for `patched` that leaves what a module puts out as it is, and keeps it."""
+    return lambda output: found.append(output) or output
 
 
 @contextlib.contextmanager
@@ -275,11 +320,13 @@ def report_logits(ours_, theirs_, truth):
 
 
 def load_theirs(folder, dtype, device):
-    from transformers import LlavaForConditionalGeneration
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    reference = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    kind = weights.read_json(Path(folder) / "config.json")["model_type"]
+    cls = getattr(transformers, family.KINDS[kind].architecture)
+    reference = cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return reference.eval().to(device)
 
 

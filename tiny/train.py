@@ -184,7 +184,7 @@ def answer(model, tokenizer, contexts, questions, features, device):
     ids = pad([tokenizer.bos + tokenizer.encode(f"USER: {context}\n") for context in contexts], pad_id, device)
     real = ids != pad_id  # (N, S)
     if features is not None:
-        ids, real, _ = model.expand(ids, real, None, *features.shape[:2])  # (N, S - 1 + P)
+        ids, real, _ = model.expand(ids, real, None, [features.shape[1]] * len(features))  # (N, S - 1 + P)
     cache = model.init_kv_cache(*ids.shape)
     model.llama(model.merge(ids, features), real, kv_cache=cache)
 

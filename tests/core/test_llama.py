@@ -56,6 +56,10 @@ def test_squares_that_overflow_float16_do_not_overflow_the_norm():
 # Positions
 
 
+def frequencies(head_dim, theta):
+    return llama.frequencies(llama.TextConfig(head_dim=head_dim, rope_theta=theta))
+
+
 @pytest.mark.parametrize("theta", [10000.0, 1e6])
 @pytest.mark.parametrize("head_dim", [8, 128])
 def test_rope_is_the_references_bit_for_bit(theta, head_dim):
@@ -65,7 +69,7 @@ def test_rope_is_the_references_bit_for_bit(theta, head_dim):
     for dtype in DTYPES:
         q, k = torch.randn(2, 4, 40, head_dim).to(dtype), torch.randn(2, 2, 40, head_dim).to(dtype)
         theirs = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, position_ids))
-        cos, sin = llama.rope_angles(position_ids, head_dim, theta)
+        cos, sin = llama.rope_angles(position_ids, frequencies(head_dim, theta))
         assert cos.dtype == sin.dtype == torch.float32  # bfloat16 counts only to 256
         ours = [llama.rotate(x, cos.to(dtype), sin.to(dtype)) for x in (q, k)]
         for mine, other in zip(ours, theirs, strict=True):
@@ -82,7 +86,7 @@ def test_half_split_rope_is_complex_multiplication_after_a_permutation():
     permutation = torch.stack([torch.arange(E // 2), torch.arange(E // 2) + E // 2], dim=-1).flatten()
     interleaved = torch.view_as_complex(x[..., permutation].unflatten(-1, (-1, 2)).contiguous())
     expected = torch.view_as_real(interleaved * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-    cos, sin = llama.rope_angles(torch.arange(T)[None], E, theta)
+    cos, sin = llama.rope_angles(torch.arange(T)[None], frequencies(E, theta))
     torch.testing.assert_close(llama.rotate(x, cos, sin)[..., permutation], expected, rtol=0, atol=1e-4)
     assert (
         llama.rotate(x[..., permutation], cos, sin) - expected
@@ -93,7 +97,7 @@ def test_a_query_and_a_key_know_only_how_far_they_are_apart():
     q, k = torch.randn(16), torch.randn(16)
 
     def product(here, there):
-        at = [llama.rope_angles(torch.tensor([[position]]), 16, 10000.0) for position in (here, there)]
+        at = [llama.rope_angles(torch.tensor([[position]]), frequencies(16, 10000.0)) for position in (here, there)]
         return (llama.rotate(q, *at[0]) * llama.rotate(k, *at[1])).sum()
 
     for far in (7, 1000):

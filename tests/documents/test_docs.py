@@ -33,13 +33,13 @@ from extras import cli, quantize
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md", "CONTRIBUTING.md", "SECURITY.md", "extras/README.md", "tiny/README.md", "tests/README.md",
-    "tests/fuzz/README.md",
+    "tests/fuzz/README.md", "small/README.md",
 )  # fmt: skip
 DOCUMENTS = [name for name in PAGES if (ROOT / name).exists()]
 DOCUMENTS += sorted(
     str(file.relative_to(ROOT)) for folder in ("docs", "benchmarks") for file in (ROOT / folder).glob("*.md")
 )
-FOLDERS = (".", "extras", "tiny", "tests", "benchmarks", "notebooks", "docs")
+FOLDERS = (".", "extras", "tiny", "small", "tests", "benchmarks", "notebooks", "docs")
 SCRIPTS = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))
 
 
@@ -96,7 +96,7 @@ COMMANDS = [example for example in [*EXAMPLES, *docstring_examples()] if example
 LONG = (  # not run by each test: what it is, and that it would start, is checked
     r"\.ci/run", r"pytest\b(?! tests/documents/test_docs).*", r"ruff .*", r"source .*", r"python benchmarks/.*",
     r"pip install .*",
-    r"python docs/playground\.py.*", r"python (notebooks/run|extras/finetune)\.py.*",
+    r"python docs/playground\.py.*", r"python (notebooks/run|extras/(finetune|assemble)|small/small)\.py.*",
     r"python llava\.py .*--explain .*",
     r"python tests/(mutations|fuzz/fuzz)\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
 )  # fmt: skip
@@ -369,7 +369,7 @@ def figures(folder):
 
 TIMES = r"\b[\d.]+ (s|seconds?|minutes?|hours?|ms|tokens/s)\b"
 NOT_OURS = [  # numbers that are names, and facts about others; each is a pattern
-    r"LLaVA-1\.[56]", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
+    r"LLaVA-1\.[56]", r"SmolLM2-135M-Instruct", r"SmolLM2", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
     r"U\+[0-9A-F]+",
     r"(b?float|int)(4|8|16|32|64)\b", r"\b(16|32)[ -]bits?\b",
     r"temperature 0\.2",  # the default of the authors' command line

@@ -9,15 +9,15 @@ import pytest
 from reference import ROOT
 
 LIMITS = {  # lines, comments and docstrings included; raised only with a reason beside the number
-    "llava.py": 520,
+    "llava.py": 546,  # 520, and what hands image_sizes on: pictures may have different numbers of features
     "llama.py": 440,
     "vision.py": 320,
-    "weights.py": 340,
+    "weights.py": 360,  # 340, and tables of what kinds of tower, text, positions and preprocessing mean by default
 }
 EXTRA = 360  # lines of a file of extras/
 COLUMNS = 120
 SCREEN = 60  # lines of a function of the four
-FOLDERS = ("extras", "tests", "tiny", "docs", "benchmarks", "notebooks")
+FOLDERS = ("extras", "tests", "tiny", "small", "docs", "benchmarks", "notebooks")
 NOT_SAID = {  # in code; comments and docstrings may speak of them
     r"torch\.ops", r"mkldnn", r"int4pack", r"CUDAGraph", r"DeviceMesh", r"\bplacements\b", r"torch\.distributed",
     r"\bargparse\b", r"\breadline\b",
@@ -26,7 +26,8 @@ DOORS = {  # module → (the function that imports it when it is called, the fil
     "llava.py": {
         ("__main__", "cli"),
         ("load", "checks"), ("load", "hub"), ("load", "speed"),
-        ("Llava.generate", "beams"), ("Llava.score", "beams"),
+        ("Llava.generate", "beams"), ("Llava.score", "beams"), ("Processor.__init__", "forms"),
+        ("Llava.get_image_features", "anyres"), ("Llava.feature_counts", "anyres"), ("Processor.pixels", "anyres"),
         ("Llava.resize_token_embeddings", "training"), ("Llava.init_weights", "training"),
         ("save", "saving"),
     },

@@ -95,7 +95,7 @@ def test_queries_and_keys_give_the_attention(tiny, scene):
     stages, config = lens.trace(model, **asked(processor, scene)), model.config.text_config
     q, k = (stages[f"llama.2.{x}"].unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for x in "qk")
     positions = torch.arange(q.shape[2])[None]
-    cos, sin = llama.rope_angles(positions, config.head_dim, config.rope_theta)
+    cos, sin = llama.rope_angles(positions, model.llama.frequencies)
     scores = llama.rotate(q, cos, sin) @ llama.rotate(k, cos, sin).transpose(2, 3) / config.head_dim**0.5
     mask = positions[0] <= positions[0][:, None]
     assert torch.allclose(scores.masked_fill(~mask, -torch.inf).softmax(-1), stages["attention.2"], atol=1e-5)

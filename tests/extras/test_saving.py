@@ -12,7 +12,7 @@ from reference import PATCH, PREPROCESSOR, TINY, load_reference, published_names
 from safetensors.torch import load_file
 
 import llava
-from extras import finetune, saving
+from extras import lora, saving
 
 try:
     import resource
@@ -299,7 +299,7 @@ def compiled_block(model):
 
 BROKEN = {  # what was done to the model → the parameter that is named
     "LoRA that is not merged": (
-        lambda m: finetune.lora(m, 2) and None, "llama.blocks.0.attention.wq.parametrizations.weight.original has no"),
+        lambda m: lora.add(m, 2) and None, "llama.blocks.0.attention.wq.parametrizations.weight.original has no"),
     "torch.compile": (torch.compile, "_orig_mod.vision.class_embedding has no place"),
     "one block compiled": (compiled_block, r"llama.blocks.1._orig_mod.attention_norm.weight has no place"),
     "PEFT": (Wrapped, "base_model.model.vision.class_embedding has no place"),

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from reference import EDGE, FAMILIES, IMAGE, PAD, expanded, load_reference, reference_config
+from reference import EDGE, IMAGE, PAD, expanded, load_reference, reference_config
 from transformers import LlavaForConditionalGeneration
 
 import llama
@@ -447,10 +447,6 @@ def test_a_tied_model_is_loaded_tied_and_stays_so_when_resized(pairs, tmp_path):
     assert torch.equal(resized(words).logits, again(words).logits)
     old = torch.tensor([[1, 40, 41]])
     torch.testing.assert_close(again(old).logits[..., :640], model(old).logits, rtol=0, atol=1e-12)
-
-
-def test_families_are_all_covered():
-    assert set(FAMILIES) == set(llava.TEMPLATES)
 
 
 def test_gradients_are_those_of_one_call(model):

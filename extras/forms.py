@@ -1,0 +1,135 @@
+"""Prompts: how each checkpoint writes a conversation down, as rows of strings.
+
+Which one a checkpoint was trained with stands in none of its configs; but the kind of model and the special tokens that
+its tokenizer has tell. docs/departures.md says where published templates and
+documentation disagree, and which of them is followed.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass
+class Form:
+    """How a conversation is written down: the defaults are LLaVA-1.5's way.
+
+    A pair stands before and behind the words of a role, or a picture. <…> is a special token, if there is one.
+    """
+
+    system: tuple = ("", " ")
+    user: tuple = ("USER: ", " ASSISTANT:")
+    assistant: tuple = (" ", "")
+    picture: tuple = ("", "\n")
+    end: str | None = None  # the token behind the last answer; None: the first of the config's ends
+    between: str | None = None  # what stands behind an answer that another turn follows; None: the same
+    opening: str = ""  # the system's words in a conversation that has none of its own
+
+    def pieces(self, processor, turns, images=0, going_on=False):
+        """Processor.pieces: a conversation as a list of text and of ids of special tokens."""
+        tokenizer, pieces, numbered = processor.tokenizer, [], any(len(turn) > 2 for turn in turns)
+        if self.opening and not going_on and turns[0][0] == "user":
+            turns = [("system", self.opening), *turns]
+        for role, words, *number in turns:
+            if not isinstance(words, str):
+                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
+            if role not in ("system", "user", "assistant"):
+                raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
+            if going_on:
+                pieces += [processor.eos_id] if self.between is None else special(self.between, tokenizer)
+            own = 0  # pictures: without numbers the first user turn takes them all
+            if role == "user":
+                own = sum(number) if numbered else images
+            left, right, before, behind = (special(x, tokenizer) for x in (*self.picture, *getattr(self, role)))
+            pieces += [*before, *[*left, processor.image_id, *right] * own, words, *behind]
+            images, going_on = images - own, role == "assistant"
+        if images:
+            raise ValueError("pictures were given, but not as many as the user's turns are about")
+        return [*pieces, processor.eos_id] if going_on else pieces
+
+
+def special(text, tokenizer):
+    """A string of a form as pieces: the special tokens in it as their ids."""
+    ids = {name: i for i, name in tokenizer.spelling.items()}
+    return [ids.get(part, part) for part in re.split(r"(<[^<>\s]+>)", text) if part]
+
+
+CURIOUS = (  # "human", where LLaVA-1.5's authors write "user"
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"  # of a turn in Llama 3
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 July 2024\n\n"  # of Llama 3.1's template, always these
+
+VICUNA = Form()
+BAKLLAVA = Form(user=("USER: ", "\nASSISTANT:"))  # as on its card; the template in its repository is another model's
+VICUNA_NEXT = Form(opening=CURIOUS)
+MISTRAL = Form(system=("", "\n"), user=("[INST] ", " [/INST]"))
+HASHES = Form(
+    system=("", ""), user=("###Human: ", "###Assistant:"), assistant=(" ", ""), between="", opening=CURIOUS
+)  # fmt: skip
+CHATML = Form(
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    assistant=("", ""),
+    end="<|im_end|>",
+    between="<|im_end|>\n",
+)
+CHATML_NEXT = Form(**{**vars(CHATML), "opening": "You are a helpful assistant."})
+CHATML_DIRECT = Form(  # without line breaks behind the ends
+    system=("<|im_start|>system\n", "<|im_end|>"),
+    user=("<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n"),
+    assistant=("", ""),
+    end="<|im_end|>",
+    opening="Answer the questions.",
+)
+LLAMA_3 = Form(
+    system=(HEADER.format("system"), "<|eot_id|>"),
+    user=(HEADER.format("user"), "<|eot_id|>" + HEADER.format("assistant")),
+    assistant=("", ""),
+    end="<|eot_id|>",
+)
+LLAMA_3_NEXT = Form(**{**vars(LLAMA_3), "opening": HELPFUL})
+JOYCAPTION = Form(
+    **{
+        **vars(LLAMA_3),
+        "system": (HEADER.format("system") + DATES, "<|eot_id|>"),
+        "picture": ("<|reserved_special_token_70|>", "<|reserved_special_token_71|>"),
+        "opening": "You are a helpful image captioner.",
+    }
+)
+PHI_3 = Form(
+    system=("<|system|>\n", "<|end|>\n"),
+    user=("<|user|>\n", "<|end|>\n<|assistant|>\n"),
+    assistant=("", ""),
+    end="<|end|>",
+    between="<|end|>\n",
+)
+
+ANY = None
+ROWS = [  # model_type, text_config.model_type, special tokens that are there → the form; the first row that fits
+    ("vipllava", ANY, [], HASHES),
+    (ANY, ANY, ["<|eot_id|>", "for pictures: <|reserved_special_token_69|>"], JOYCAPTION),
+    ("llava_next", ANY, ["<|im_start|>", "<|im_end|>", "<|startoftext|>"], CHATML_DIRECT),
+    ("llava_next", ANY, ["<|im_start|>", "<|im_end|>"], CHATML_NEXT),
+    (ANY, ANY, ["<|im_start|>", "<|im_end|>"], CHATML),
+    ("llava_next", ANY, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], LLAMA_3_NEXT),
+    (ANY, ANY, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], LLAMA_3),
+    (ANY, ANY, ["<|user|>", "<|assistant|>", "<|end|>"], PHI_3),
+    ("llava_next", "mistral", [], MISTRAL),
+    ("llava_next", ANY, [], VICUNA_NEXT),
+    (ANY, "mistral", [], BAKLLAVA),
+    (ANY, ANY, [], VICUNA),
+]
+
+
+def choose(config, tokenizer):
+    """The form of a checkpoint: config, a LlavaConfig, and its tokenizer."""
+    names = {*tokenizer.spelling.values(), f"for pictures: {tokenizer.spelling.get(config.image_token_index)}"}
+    kinds = config.model_type, config.text_config.model_type
+    for *wanted, needed, form in ROWS:
+        if names.issuperset(needed) and all(want in (ANY, kind) for want, kind in zip(wanted, kinds, strict=True)):
+            return form

@@ -1,0 +1,136 @@
+"""Prompts of the line of LLaVAs: the exact strings, which of them a folder gets, and where an answer ends."""
+
+import pytest
+from line import CHATML, LLAMA_3, PHI_3, write_tokenizer
+
+import llama
+import llava
+import vision
+from extras import checks, forms
+
+CURIOUS = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+SYSTEM_3 = "<|start_header_id|>system<|end_header_id|>\n\n"
+USER_3, ANSWER_3 = "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"
+JOY = SYSTEM_3 + "Cutting Knowledge Date: December 2023\nToday Date: 26 July 2024\n\n"
+RESERVED = "<|reserved_special_token_{}|>".format
+CASES = {  # model_type, text, tokens → the prompt of one question about a picture, that of two turns
+    ("llava", "llama", ()): (
+        "USER: <image>\nQ ASSISTANT:", "USER: <image>\nQ ASSISTANT: A</s>USER: R ASSISTANT:"),
+    ("llava", "mistral", ()): (
+        "USER: <image>\nQ\nASSISTANT:", "USER: <image>\nQ\nASSISTANT: A</s>USER: R\nASSISTANT:"),
+    ("llava_next", "llama", ()): (
+        CURIOUS + " USER: <image>\nQ ASSISTANT:", CURIOUS + " USER: <image>\nQ ASSISTANT: A</s>USER: R ASSISTANT:"),
+    ("llava_next", "mistral", ()): (
+        "[INST] <image>\nQ [/INST]", "[INST] <image>\nQ [/INST] A</s>[INST] R [/INST]"),
+    ("vipllava", "llama", ()): (
+        CURIOUS + "###Human: <image>\nQ###Assistant:",
+        CURIOUS + "###Human: <image>\nQ###Assistant: A###Human: R###Assistant:"),
+    ("llava", "qwen2", tuple(CHATML)): (
+        "<|im_start|>user\n<image>\nQ<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>user\n<image>\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        "<|im_start|>user\nR<|im_end|>\n<|im_start|>assistant\n"),
+    ("llava_onevision", "qwen2", tuple(CHATML)): (
+        "<|im_start|>user\n<image>\nQ<|im_end|>\n<|im_start|>assistant\n", None),
+    ("llava_next", "qwen2", tuple(CHATML)): (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ<|im_end|>\n"
+        "<|im_start|>assistant\n", None),
+    ("llava_next", "llama", (*CHATML, "<|startoftext|>")): (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ<|im_end|>"
+        "<|im_start|>assistant\n",
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ<|im_end|>"
+        "<|im_start|>assistant\nA<|im_end|><|im_start|>user\nR<|im_end|><|im_start|>assistant\n"),
+    ("llava", "llama", tuple(LLAMA_3)): (
+        f"{USER_3}<image>\nQ<|eot_id|>{ANSWER_3}",
+        f"{USER_3}<image>\nQ<|eot_id|>{ANSWER_3}A<|eot_id|>{USER_3}R<|eot_id|>{ANSWER_3}"),
+    ("llava_next", "llama", tuple(LLAMA_3)): (
+        f"{SYSTEM_3}{HELPFUL}<|eot_id|>{USER_3}<image>\nQ<|eot_id|>{ANSWER_3}", None),
+    ("llava", "llama", (*LLAMA_3, "for pictures: 69")): (
+        f"{JOY}You are a helpful image captioner.<|eot_id|>{USER_3}"
+        f"{RESERVED(70)}{RESERVED(69)}{RESERVED(71)}Q<|eot_id|>{ANSWER_3}", None),
+    ("llava", "llama", tuple(PHI_3)): (
+        "<|user|>\n<image>\nQ<|end|>\n<|assistant|>\n",
+        "<|user|>\n<image>\nQ<|end|>\n<|assistant|>\nA<|end|>\n<|user|>\nR<|end|>\n<|assistant|>\n"),
+}  # fmt: skip
+
+
+def processor_of(folder, case):
+    kind, text, tokens = case
+    image = RESERVED(69) if "for pictures: 69" in tokens else "<image>"
+    write_tokenizer(folder, [name for name in tokens if not name.startswith("for pictures")], image)
+    tokenizer = checks.Tokenizer(folder / "tokenizer.json")
+    config = llava.LlavaConfig(model_type=kind, image_token_index=tokenizer.id(image))
+    config.text_config = llama.TextConfig(model_type=text)
+    return llava.Processor(tokenizer, vision.PreprocessConfig(), config), config
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_form_is_the_published_one(tmp_path, case):
+    processor, config = processor_of(tmp_path, case)
+    one, two = CASES[case]
+    assert processor.prompt("Q") == one
+    if two is not None:
+        turns = [("user", "Q"), ("assistant", "A"), ("user", "R")]
+        assert processor.as_text(processor.pieces(turns, 1)) == two
+    end = next((end for end in ("<|im_end|>", "<|eot_id|>", "<|end|>") if end in case[2]), "</s>")
+    assert processor.as_text([processor.eos_id]) == end
+    assert processor.eos_id in config.eos_token_ids and 2 in config.eos_token_ids
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_ids_of_a_prompt_are_those_of_its_string(tmp_path, case):
+    """Special tokens of the form are special, and what a user types in their spelling is not."""
+    processor, _ = processor_of(tmp_path, case)
+    tokenizer = processor.tokenizer
+    pieces = processor.pieces([("user", "Q"), ("assistant", "A"), ("user", "R")], 1)
+    assert tokenizer.encode_pieces(pieces) == tokenizer.encode(processor.as_text(pieces))
+    typed = processor.pieces([("user", processor.as_text(pieces))], 0)
+    ids = tokenizer.encode_pieces(typed)
+    plain = tokenizer.encode_pieces(processor.pieces([("user", "Q")], 0))
+    special = {*tokenizer.spelling} - {tokenizer.id("<unk>")}
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_later_turn_continues_the_string(tmp_path, case):
+    """The first turn, its answer, and what going_on puts behind it are the conversation in one piece."""
+    processor, _ = processor_of(tmp_path, case)
+    first, answer, second = [("user", "Q"), ("assistant", "A"), ("user", "R")]
+    answered = processor.pieces([first, answer], 1)
+    assert answered[-1] == processor.eos_id
+    whole = processor.as_text(processor.pieces([first, answer, second], 1))
+    assert processor.as_text([*answered[:-1], *processor.pieces([second], going_on=True)]) == whole
+
+
+def test_a_systems_words_take_the_place_of_the_opening(tmp_path):
+    processor, _ = processor_of(tmp_path, ("llava_next", "qwen2", tuple(CHATML)))
+    text = processor.as_text(processor.pieces([("system", "Be brief."), ("user", "Q")], 0))
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n")
+    processor, _ = processor_of(tmp_path, ("vipllava", "llama", ()))
+    assert processor.as_text(processor.pieces([("system", "S"), ("user", "Q")], 0)) == "S###Human: Q###Assistant:"
+
+
+def test_several_pictures_stand_in_front_each_with_its_line(tmp_path):
+    processor, _ = processor_of(tmp_path, ("llava", "qwen2", tuple(CHATML)))
+    assert processor.prompt("Q", 2) == "<|im_start|>user\n<image>\n<image>\nQ<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_each_row_is_reached():
+    """A row that another one above it hides is a form that nobody gets."""
+    reached = []
+    for model, text, needed, form in forms.ROWS:
+        names = {i: name for i, name in enumerate([*needed, "<image>"])}
+        image = len(needed)
+        if any(name.startswith("for pictures: ") for name in needed):
+            names[image] = next(name for name in needed if name.startswith("for pictures: ")).split(": ")[1]
+        tokenizer = type("Names", (), {"spelling": names})
+        config = llava.LlavaConfig(model_type=model or "llava", image_token_index=image)
+        config.text_config = llama.TextConfig(model_type=text or "llama")
+        reached.append(forms.choose(config, tokenizer) is form)
+    assert all(reached)
