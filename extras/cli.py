@@ -223,7 +223,7 @@ def run(options):
         parallel.join(options)
     images = [] if options.each else [turn.open_named(name) for name in options.image]
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
-    with torch.inference_mode(options.chat or options.each):  # packed matrices pay for themselves by the second answer
+    with torch.inference_mode():  # for answers only
         model, processor = llava.load(options.model, **settings, revision=options.revision)
     if sum(tensor.numel() for tensor in model.parameters()) < SMALL:
         torch.set_num_threads(1)  # threads would only wait for one another, on a busy machine for long

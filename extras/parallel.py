@@ -41,6 +41,14 @@ def split(model, dtype):
     model.config = dataclasses.replace(config, **heads)
 
 
+def agreed(x):
+    """What rank 0 has for x: what is chosen by timing must be the same in all processes."""
+    held = [x]
+    if in_group():
+        dist.broadcast_object_list(held)
+    return held[0]
+
+
 class SplitLinear(nn.Module):
     """x Wᵀ of which this process holds some rows of W (dim 0), or some columns and adds up with the others (dim 1).
 
