@@ -1,5 +1,7 @@
 """Quantised and packed layers beside the plain ones."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,9 +115,7 @@ def test_a_kernel_that_saturates_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda q, shape: q)
     check = quantize.works.__wrapped__
     assert not check(quantize.Int8Linear, "onednn", torch.bfloat16)
-    monkeypatch.setattr(
-        quantize, "packed_integer_product", lambda x, w, s: (x.float() - 128) @ w.float().T * s.float()
-    )
+    monkeypatch.setattr(quantize, "packed_integer_product", lambda x, w, s: (x.float() - 128) @ w.float().T * s.float())
     assert check(quantize.Int8Linear, "onednn", torch.bfloat16)
 
 
@@ -243,6 +243,7 @@ def test_a_packed_layer_is_the_linear_layer(bias):
     linear = torch.nn.Linear(96, 80, bias=bias, dtype=torch.bfloat16)
     layer = quantize.PackedLinear(96, 80, torch.bfloat16, bias)
     layer.take_weight(linear.weight.detach(), torch.device("cpu"))
+    layer.state_dict()  # waits for the thread that packs
     layer.bias = linear.bias
     x = torch.randn(3, 5, 96).bfloat16()
     torch.testing.assert_close(layer(x[:, -1:]), layer(x)[:, -1:])  # not side by side in memory
@@ -250,6 +251,35 @@ def test_a_packed_layer_is_the_linear_layer(bias):
         x = torch.randn(shape).bfloat16()
         exact = F.linear(x.double(), *(p.double() for p in linear.parameters()))
         torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_packing_goes_on_while_the_next_matrix_is_read(monkeypatch):
+    """And what goes wrong there is not lost."""
+    going, release = threading.Event(), threading.Event()
+
+    def pack(layer):
+        going.set()
+        assert release.wait(60)
+        layer.w = layer.w + 1
+
+    monkeypatch.setattr(quantize.PackedLinear, "pack", pack)
+    first, second = (quantize.PackedLinear(4, 4, torch.float32) for _ in range(2))
+    first.take_weight(torch.zeros(4, 4), "cpu")
+    assert going.wait(60) and (first.w == 0).all()  # take_weight is back before it is packed
+    release.set()
+    assert (first.state_dict()["w"] == 1).all()
+    monkeypatch.setattr(quantize.PackedLinear, "pack", lambda layer: 1 / 0)
+    second.take_weight(torch.zeros(4, 4), "cpu")
+    with pytest.raises(ZeroDivisionError):
+        second.state_dict()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16),
+                                    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+def test_numbers_are_converted_as_torch_does_it(dtypes):
+    numbers = (torch.randn(70, 9) * 100).to(dtypes[0])
+    copy = quantize.converted(numbers, dtypes[1])
+    assert torch.equal(copy, numbers.to(dtypes[1])) and copy.data_ptr() != numbers.data_ptr()
 
 
 @packs
@@ -371,6 +401,7 @@ def test_a_packed_layer_takes_any_sides(rows, columns, bias):
     linear = torch.nn.Linear(columns, rows, bias=bias)
     layer = quantize.PackedLinear(columns, rows, torch.float32, bias)  # any processor packs float32
     layer.take_weight(linear.weight.detach(), "cpu")
+    layer.state_dict()
     layer.bias = linear.bias
     x = torch.randn(2, 3, columns)
     torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-4)
