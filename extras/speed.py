@@ -46,7 +46,7 @@ def choose(device, dtype, quantize_to, compile):
         raise ValueError(f"quantize is {quantize_to!r}, and must be {' or '.join(quantize.QUANTIZED)}")
     if compile:
         recorded.check_compiler(device)
-    if (quantize_to or compile) and parallel.in_group():
+    if (quantize_to or compile) and parallel.in_group() and not parallel.Deal.wanted:
         raise ValueError(
             "a model that is split over several processes is neither quantised nor compiled: leave these out"
         )
@@ -61,6 +61,7 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     model.ways = ways = {}
     if dtype == "auto":
         dtype = fastest_dtype(model, device, main_dtype(model, found), quantize_to, ways)
+    parallel.deal(bool(quantize_to or compile) or too_large(model, device, dtype) is None)
     if parallel.in_group():
         parallel.split(model.llama, dtype)
     timed, shape = device.type == "cpu" and dtype.itemsize == 2, largest(model)
@@ -72,7 +73,9 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
     if answers_only and timed and fastest_product(shape, dtype, ways) == "packed":
         quantize.replace_layers(model, quantize.PackedLinear, dtype)
-    check_memory(model, device, dtype)
+    refusal = too_large(model, device, dtype)
+    if refusal is not None:
+        raise ValueError(refusal)
     if device.type == "cpu":
         attend = Attend(fastest_attention(model, dtype, ways) if timed else llama.attend, tell=timed)
         for block in model.llama.blocks:
@@ -140,8 +143,10 @@ def main_dtype(model, found):
     return max(sizes, key=sizes.get)
 
 
-def check_memory(model, device, dtype):
-    """Refuse a model that will not fit before reading it, rather than being killed halfway."""
+def too_large(model, device, dtype):
+    """Why a model does not fit into the memory, None if it does: to be asked before reading it, rather than being
+    killed halfway.
+    """
     needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
     needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised and packed layers
     there = None
@@ -149,12 +154,12 @@ def check_memory(model, device, dtype):
         there = torch.cuda.mem_get_info(device)[0], "free"
     elif device.type == "cpu":
         there = memory.limit(processes=int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # those of torchrun share it
-    if there is not None and needed > there[0]:
-        raise ValueError(
-            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
-            f"{there[0] / 1e9:.1f} GB ({there[1]}): try a smaller dtype, --quantize int4, another device or "
-            f"--model tiny"
-        )
+    if there is None or needed <= there[0]:
+        return None
+    return (
+        f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
+        f"{there[0] / 1e9:.1f} GB ({there[1]}): try a smaller dtype, --quantize int4, another device or --model tiny"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------
