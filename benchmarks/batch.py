@@ -10,7 +10,7 @@ import peers
 
 
 def main():
-    sides = [peers.BASE, "ours bfloat16", "ours bfloat16 packed", "ours int8", "ours int4"]
+    sides = [peers.BASE, "ours bfloat16", "ours int8", "ours int4"]
     parser = peers.parser(__doc__, sides)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="(default: 1 2 4 8)")
     parser.add_argument("--tokens", type=int, default=16, help="of each row, in each round (default: %(default)s)")

@@ -10,7 +10,7 @@ import peers
 
 
 def main():
-    parser = peers.parser(__doc__, ["ours bfloat16", "ours bfloat16 packed", "ours int8", "ours int4"])
+    parser = peers.parser(__doc__, ["ours bfloat16", "ours int8", "ours int4"])
     options = parser.parse_args()
     folder = peers.checkpoint(options)
     try:

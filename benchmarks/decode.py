@@ -73,7 +73,7 @@ def draw(rows, options):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    whole = peers.full_size.CONFIGS[options.model]["text_config"].get("num_hidden_layers", 32)
+    whole = peers.full_size.CONFIGS.get(options.model, {}).get("text_config", {}).get("num_hidden_layers", 32)
     part = f"{options.layers} of the {whole} layers" if options.layers < whole else f"all {whole} layers"
     title = f"One token at a time, with {part} of a {options.model.upper()}"
     note = f"{options.machine}; random weights"

@@ -28,7 +28,7 @@ def measure(name, folder):
 
 
 def main():
-    parser = peers.parser(__doc__, [peers.BASE, "ours bfloat16", "ours bfloat16 packed", "ours int8", "ours int4"])
+    parser = peers.parser(__doc__, [peers.BASE, "ours bfloat16", "ours int8", "ours int4"])
     parser.add_argument("--measure", metavar="FOLDER", help="used by the benchmark itself")
     options = parser.parse_args()
     if options.measure:

@@ -32,12 +32,17 @@ def products(rows=11008, columns=4096, copies=8):
     """Some matrices in turn, so that none of them is still in the processor's cache."""
     x = torch.randn(1, columns).bfloat16()
     weights = [torch.randn(rows, columns).bfloat16() for _ in range(copies)]
-    layers, kinds = {}, {"bfloat16, packed": quantize.PackedLinear, **quantize.QUANTIZED}
-    for scheme, kind in kinds.items():
+    layers, kinds = {}, {"bfloat16, packed": (quantize.PackedLinear, {})}
+    for scheme, kind in quantize.QUANTIZED.items():
+        for name in kind.KERNELS:
+            if quantize.works(kind, name, torch.bfloat16):
+                kinds[f"{scheme}, kernel of {name}"] = kind, {"kernel": name, "most": 1}
+    for scheme, (kind, settings) in kinds.items():
         with torch.device("meta"):
-            layers[scheme] = [kind(columns, rows, torch.bfloat16) for _ in range(copies)]
+            layers[scheme] = [kind(columns, rows, torch.bfloat16, **settings) for _ in range(copies)]
         for layer, weight in zip(layers[scheme], weights, strict=True):
             layer.take_weight(weight, "cpu")
+            layer.state_dict()  # packed when it is asked for
 
     def own(i):  # torch's own product, which it takes where oneDNN is switched off
         torch.backends.mkldnn.enabled = False

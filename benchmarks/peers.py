@@ -6,6 +6,7 @@ them, and a ratio is taken within a round. The first round is not counted.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,12 +27,13 @@ from PIL import Image  # noqa: E402
 
 import llava  # noqa: E402
 
+SMALL = "smollm2"  # a real language model of 135 million parameters
 BASE = "transformers bfloat16"  # what the ratios are relative to
 SIDES = {  # name → (kind, settings)
     BASE: ("transformers", {}),
     "transformers static, compiled": ("transformers", {"best": True}),
-    "ours bfloat16": ("ours", {"dtype": "bfloat16"}),
-    "ours bfloat16 packed": ("ours", {"dtype": "bfloat16", "packed": True}),
+    "ours bfloat16": ("ours", {"dtype": "bfloat16"}),  # as the command line loads it
+    "ours bfloat16 to train": ("ours", {"dtype": "bfloat16", "packed": False}),  # outside of torch.inference_mode()
     "ours float16": ("ours", {"dtype": "float16"}),
     "ours bfloat16 compiled": ("ours", {"dtype": "bfloat16", "compile": True}),
     "ours int8": ("ours", {"dtype": "bfloat16", "quantize": "int8"}),
@@ -56,9 +58,10 @@ def picture():
 
 
 class Ours:
-    def __init__(self, folder, packed=False, **settings):
-        with torch.inference_mode(packed):  # as --chat does it
-            self.model, self.processor = llava.load(folder, device="cpu", **settings)
+    def __init__(self, folder, packed=True, device="cpu", **settings):
+        with torch.inference_mode(packed):  # as the command line does it
+            self.model, self.processor = llava.load(folder, device=device, **settings)
+        self.model.config.eos_token_id = -1  # no answer ends early
         # what a step reads: all weights of the language model but the embedding, of which it reads one row
         layers = [*self.model.llama.parameters(), *self.model.llama.buffers()]
         self.bytes = sum(tensor.nbytes for tensor in layers) - self.model.llama.embed.weight.nbytes
@@ -75,13 +78,27 @@ class Ours:
         inputs = self.inputs(words)
         begin = time.perf_counter()
         with torch.no_grad():
-            self.model(**inputs, kv_cache=self.model.init_kv_cache(1, 1024), logits_to_keep=1)
+            logits = self.model(**inputs, kv_cache=self.model.init_kv_cache(1, 1024), logits_to_keep=1).logits
+            logits.sum().item()  # waits for a GPU
         return time.perf_counter() - begin
 
     def inputs(self, words):
         """A picture and so many words, as many positions as transformers gets."""
         ids = [1, self.processor.image_id, *[9] * words]
         return {"input_ids": torch.tensor([ids]), "pixel_values": self.processor("<image>", picture())["pixel_values"]}
+
+    def grow(self, positions, rows=1, steps=4):
+        """Seconds to read so many positions in each of some rows, seconds of a step behind them, the peak of memory."""
+        ids, real = tokens(rows, positions), torch.ones(rows, dtype=torch.bool)
+        cache = self.model.init_kv_cache(rows, positions + steps)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            self.model.prefill(ids, kv_cache=cache)
+            marks = [time.perf_counter()]
+            for _ in range(steps):
+                self.model.step(ids[:, 0], cache, real)
+                marks.append(time.perf_counter())
+        return grown(begin, marks)
 
     def turns(self):
         """Seconds to the first token of two questions about a picture: the second goes on from the first's cache."""
@@ -94,10 +111,10 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, folder, best=False):
+    def __init__(self, folder, best=False, device="cpu"):
         from transformers import LlavaForConditionalGeneration
 
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).to(device)
         text = self.model.model.language_model
         self.bytes = sum(tensor.nbytes for tensor in [*text.parameters(), *self.model.lm_head.parameters()])
         self.bytes -= text.embed_tokens.weight.nbytes
@@ -115,7 +132,7 @@ class Transformers:
             def end(self):
                 pass
 
-        ids = torch.tensor([TEXT] * batch)
+        ids = torch.tensor([TEXT] * batch, device=self.model.device)
         length = {"max_new_tokens": tokens + 1, "min_new_tokens": tokens + 1}
         if batch == 1:
             length["streamer"] = Clock()
@@ -134,10 +151,22 @@ class Transformers:
 
     def prefill(self, words):
         inputs = expanded_inputs(self.model.config, words)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         begin = time.perf_counter()
         with torch.no_grad():
-            self.model(**inputs, logits_to_keep=1)
+            self.model(**inputs, logits_to_keep=1).logits.sum().item()  # waits for a GPU
         return time.perf_counter() - begin
+
+    def grow(self, positions, rows=1, steps=4):
+        ids = tokens(rows, positions)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            cache = self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            marks = [time.perf_counter()]
+            for _ in range(steps):
+                self.model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                marks.append(time.perf_counter())
+        return grown(begin, marks)
 
 
 class LlamaCpp:
@@ -158,6 +187,15 @@ class LlamaCpp:
         for i in range(tokens):
             self.model.eval([TEXT[i % len(TEXT)]])
         return (time.perf_counter() - begin) / tokens
+
+
+def tokens(rows, positions):
+    return torch.randint(100, 1000, (rows, positions), generator=torch.Generator().manual_seed(0))
+
+
+def grown(begin, marks):
+    laps = [b - a for a, b in itertools.pairwise(marks)][1:]  # the first step may prepare something
+    return {"prefill": marks[0] - begin, "step": statistics.median(laps), "peak": full_size.high_water()}
 
 
 def expanded_inputs(config, words):
@@ -274,11 +312,11 @@ def bandwidth():
     return best
 
 
-def installed(names):
+def installed(names, sides=SIDES):
     """Those of the named sides whose package is there."""
     from importlib.util import find_spec
 
-    return [name for name in names if find_spec(NEEDS[SIDES[name][0]])]
+    return [name for name in names if find_spec(NEEDS[sides[name][0]])]
 
 
 def rounds(names, folder, number, method, **arguments):
@@ -315,7 +353,10 @@ def compare(names, folder, number, method, what="seconds", **arguments):
 def parser(docstring, sides):
     made = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
-        "--model", choices=list(full_size.CONFIGS), default="7b", help="whose widths (default: %(default)s)"
+        "--model",
+        choices=[*full_size.CONFIGS, SMALL],
+        default="7b",
+        help=f"whose widths (default: %(default)s); {SMALL} is a real one, whole: see tests/smollm2.py",
     )
     made.add_argument("--layers", type=int, default=2, help="of the language model (default: %(default)s)")
     made.add_argument("--rounds", type=int, default=5, help="that count (default: %(default)s)")
@@ -326,7 +367,14 @@ def parser(docstring, sides):
 def checkpoint(options):
     """A temporary folder with the random checkpoint; remove it with its cleanup()."""
     folder = tempfile.TemporaryDirectory()
-    full_size.write(Path(folder.name), options.model, options.layers)
+    if options.model == SMALL:
+        import smollm2
+
+        if smollm2.reason():
+            raise SystemExit(smollm2.reason())
+        smollm2.make(folder.name)
+    else:
+        full_size.write(Path(folder.name), options.model, options.layers)
     return folder
 
 

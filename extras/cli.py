@@ -131,11 +131,13 @@ def make_parser():
     add("--explain", metavar="PAGE.html", help="write a page that shows where in the picture each word looked")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--chat", action="store_true", help="talk about the pictures; /help lists what can be typed")
-    way.add_argument("--each", action="store_true", help="ask the question of each picture in turn")
+    way.add_argument("--each", action="store_true", help="ask the question of each picture, or of those in a folder")
     way.add_argument(
         "--choices", type=readable, nargs="+", metavar="ANSWER",
         help="how likely each of these answers is, given that it is one of them",
     )  # fmt: skip
+    add("--batch-size", type=int, metavar="N", help="--each: so many pictures side by side (default: 1)")
+    add("--out", metavar="FILE", help="--each: write the answers there, .jsonl or else name, tab, answer; and go on")
     return parser
 
 
@@ -150,6 +152,12 @@ def check(options):
         raise ValueError(f"seed is {options.seed}, and must be a number of at most 64 bits")
     if options.each and not options.image:
         raise ValueError("--each needs pictures: name them after --image")
+    for name, value in (("--batch-size", options.batch_size), ("--out", options.out)):
+        if value is not None and not options.each:
+            raise ValueError(f"{name} is about many pictures: add --each, or leave it out")
+    options.batch_size = 1 if options.batch_size is None else options.batch_size
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}, and must be at least 1")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -220,9 +228,12 @@ def run(options):
         from extras import parallel
 
         parallel.join(options)
+    names, failed = each.plan(options) if options.each else ([], 0)
+    if options.each and not names:  # all of them stand in the file
+        return each.answer_each(None, None, options, [], names, failed)
     images = [] if options.each else [turn.open_named(name) for name in options.image]
     settings = dict(device=options.device, dtype=options.dtype, quantize=options.quantize, compile=options.compile)
-    with torch.inference_mode(options.chat or options.each):  # packed matrices pay for themselves by the second answer
+    with torch.inference_mode():  # for answers only
         model, processor = llava.load(options.model, **settings, revision=options.revision)
     if model.config.description:
         notice(model.config.description)
@@ -234,7 +245,7 @@ def run(options):
     if options.choices:
         return choices.print_choices(model, processor, images, options, turns)
     if options.each:
-        return each.answer_each(model, processor, options, turns)
+        return each.answer_each(model, processor, options, turns, names, failed)
     conversation = turn.Conversation(processor.tokenizer.bos)
     pieces = turn.answer(model, processor, options, turns, images, conversation)
     if watch:

@@ -157,7 +157,8 @@ def table(record):
     rows = [("stage", "shape", "dtype", "ms", "bytes"), *lines(record)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{'<' if i < 3 else '>'}{width}}}" for i, width in enumerate(widths))
-    return "\n".join(form.format(*row) for row in rows)
+    ways = [f"{question}: {name} ({why})" for question, (name, why) in getattr(record.model, "ways", {}).items()]
+    return "\n".join([*(form.format(*row) for row in rows), *ways])
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,13 @@
 Each process holds some of the heads and some columns of the MLP: rows of the matrices that lead there, and columns of
 those that lead back. What these give is one part of a sum, which is added up over the processes: one all-reduce after
 attention, one after the MLP. The vision tower, the embedding and the head are whole in each process.
+
+With --each and a model that fits each of them, pictures are dealt out to the processes instead.
 """
 
 import atexit
 import dataclasses
+import datetime
 import os
 import sys
 
@@ -21,7 +24,11 @@ ROWS, COLUMNS = ("attention.wq", "attention.wk", "attention.wv", "mlp.gate", "ml
 
 
 def in_group():
-    """Whether this process belongs to a group of torch.distributed."""
+    """Whether this process belongs to a group of torch.distributed, over which a model is to be split."""
+    return there_are_others() and not Deal.agreed
+
+
+def there_are_others():
     return dist.is_available() and dist.is_initialized()
 
 
@@ -40,6 +47,14 @@ def split(model, dtype):
             setattr(block.get_submodule(parent), own, part)
     heads = {name: getattr(config, name) // parts for name in ("num_attention_heads", "num_key_value_heads")}
     model.config = dataclasses.replace(config, **heads)
+
+
+def agreed(x):
+    """What rank 0 has for x: what is chosen by timing must be the same in all processes."""
+    held = [x]
+    if there_are_others():
+        dist.broadcast_object_list(held)
+    return held[0]
 
 
 class SplitLinear(nn.Module):
@@ -84,10 +99,58 @@ def join(options):
     if device.type == "cuda":
         options.device = f"cuda:{rank}"
         torch.cuda.set_device(speed.pick_device(options.device))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    Deal.wanted = options.each
+    patience = datetime.timedelta(days=30) if options.each else None  # until the last one has answered its share
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     atexit.register(dist.destroy_process_group)
     seed = [options.seed if options.seed is not None else torch.seed() % 2**63]
     dist.broadcast_object_list(seed)  # all of them must draw the same
     options.seed = seed[0]
+    Deal.streams = sys.stdout, sys.stderr
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pictures dealt out to processes that each hold the whole model
+
+
+class Deal:
+    wanted, agreed = False, False  # whether the command has pictures to deal out; whether they will be
+    streams = None  # stdout and stderr, which only rank 0 has until then
+
+
+def deal(fits):
+    """Deal out the pictures, if there are any to, and the model fits each of the processes."""
+    if Deal.wanted:
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, fits)
+        Deal.agreed = all(everywhere)
+
+
+def share():
+    """Which of all pictures this process asks about, a slice. Where they are dealt out, each speaks for itself."""
+    if not Deal.agreed:
+        return slice(None)
+    sys.stdout, sys.stderr = Deal.streams
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
+
+def speaks():
+    """Whether this process writes down what it finds out."""
+    return not in_group() or dist.get_rank() == 0
+
+
+def wait():
+    """Until all processes have come so far."""
+    if there_are_others():
+        dist.barrier()
+
+
+def worst(status):
+    """The worst exit status of all processes: torchrun ends them all when one of them fails."""
+    found = [status]
+    if there_are_others():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, status)
+    return max(found)

@@ -3,24 +3,31 @@
 A step multiplies one vector by every matrix, so it takes as long as reading them. They are laid out in the order in
 which a CPU reads them fastest, or stored as small integers with a scale. What is multiplied with them keeps its
 precision. Each layer stands in the place of an nn.Linear on the meta device, and takes its weight when weights.read
-comes to it.
+comes to it. Which of a layer's kernels is taken, extras/speed.py finds out by timing them.
 """
 
+import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-def replace_layers(model, kind, dtype):
+def replace_layers(model, kind, dtype, **settings):
     """Put another kind of layer in the place of each nn.Linear of a model on the meta device; weights.read fills it."""
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
-                bias = {} if layer.bias is None else {"bias": True}
-                with torch.device("meta"):
-                    setattr(parent, name, kind(layer.in_features, layer.out_features, dtype, **bias))
+                setattr(parent, name, in_place_of(layer, kind, dtype, **settings))
+
+
+def in_place_of(layer, kind, dtype, **settings):
+    """Another kind of layer, of the sides of an nn.Linear, on the meta device."""
+    bias = {} if layer.bias is None else {"bias": True}
+    with torch.device("meta"):
+        return kind(layer.in_features, layer.out_features, dtype, **bias, **settings)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -30,17 +37,34 @@ def replace_layers(model, kind, dtype):
 class PackedLinear(nn.Module):
     """x Wᵀ + b for a W that is laid out as oneDNN wants it, torch's library for products on a CPU. The same numbers."""
 
+    ROWS = 64  # of x that the layout is made for: one for fewer rows may take three times as long for a whole prompt
+    PACKER = ThreadPoolExecutor(1)  # packs one matrix while the next one is read
+    packing = None  # the future of what it does now
+
     def __init__(self, in_features, out_features, dtype, bias=False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("w", torch.empty(out_features, in_features, dtype=dtype))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
+        self.register_state_dict_pre_hook(lambda *_: self.wait())
 
     def take_weight(self, part, device):
         """Take a slice of a file, (outputs, inputs) → the numbers, before they are packed."""
-        weight = part[:].to(device, self.w.dtype)
-        self.w = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        weight = converted(part[:], self.w.dtype)
+        self.wait()  # no more than one lies in memory twice
+        self.w = weight
+        PackedLinear.packing = self.PACKER.submit(self.pack)
         return weight
+
+    @staticmethod
+    def wait():
+        """Until all are packed. What went wrong in the thread is raised here."""
+        packing, PackedLinear.packing = PackedLinear.packing, None
+        if packing is not None:
+            packing.result()
+
+    def pack(self):
+        self.w = torch.ops.mkldnn._reorder_linear_weight(self.w, self.ROWS)
 
     def forward(self, x):
         return packed_product(x, self.w, self.bias)
@@ -55,10 +79,23 @@ class PackedLinear(nn.Module):
             if not getattr(torch.ops.mkldnn, there[dtype])():
                 return False
             layer = PackedLinear(64, 64, dtype)
-            layer.take_weight(torch.zeros(64, 64), "cpu")
+            layer.w.zero_()
+            layer.pack()
             return layer(torch.zeros(1, 64, dtype=dtype)).shape == (1, 64)
         except (AttributeError, NotImplementedError):
             return False
+
+
+def converted(numbers, dtype):
+    """A copy in another dtype. From one of 16 bits to the other by float32 and few rows at a time: torch's own way
+    between the two is slower.
+    """
+    if numbers.dtype == dtype or numbers.dtype.itemsize > 2:
+        return numbers.to(dtype, copy=True)
+    copy = torch.empty(numbers.shape, dtype=dtype)
+    for rows, new in zip(numbers.split(32), copy.split(32), strict=True):
+        new.copy_(rows.float())
+    return copy
 
 
 # torch.compile cannot trace a product with a packed matrix, unless it is an operator of ours whose shape is told beside
@@ -100,63 +137,58 @@ class QuantizedLinear(nn.Module):
     """x Wᵀ + b for a W that is stored as integers. A kind has
 
     rounded   rows of W → their integers and scales
-    product   x times some rows, dequantised
-    pack      lays the integers out for the kernel of this machine, and says for how many rows of x it pays
-    kernel    x times all of them, by that kernel
+    product   x times some rows, dequantised, out of all integers
+    KERNELS   the names of what may multiply instead, if the machine has it, for at most `most` rows of x
+    pack      lays the integers out for the chosen kernel
+    multiply  x times all of them, by that kernel
 
     Kernels want whole blocks, and some read past the end of what is none. So W is padded to `rows` and `columns`, x
     with zeros beside it, and the rows too many are cut off the product.
     """
 
     BLOCK = 64  # rows and columns of W come in blocks of so many
-    CHUNK = 512  # rows of W that are dequantised at a time, whole blocks too
+    CHUNK = 256  # rows of W that are dequantised at a time, whole blocks too: few enough to stay in the cache
+    KERNELS = ()
 
-    def __init__(self, in_features, out_features, dtype, bias=False):
+    def __init__(self, in_features, out_features, dtype, bias=False, kernel="plain", most=0, wide=False):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
+        self.in_features, self.out_features, self.kernel = in_features, out_features, kernel
+        self.most, self.wide = most, wide
         self.rows, self.columns = (math.ceil(size / self.BLOCK) * self.BLOCK for size in (out_features, in_features))
-        self.most = 0  # up to this many rows of x the kernel is faster than the plain product
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
 
     def forward(self, x):
-        x = self.multiplied(x)
-        return x if self.bias is None else x + self.bias
-
-    def multiplied(self, x):
-        """x Wᵀ: by the kernel where it is faster."""
         rows = x.flatten(0, -2).contiguous()
         if self.columns > self.in_features:
             rows = F.pad(rows, (0, self.columns - self.in_features))
-        product = self.kernel if len(rows) <= self.most else self.plain
-        return product(rows)[:, : self.out_features].unflatten(0, x.shape[:-1])
+        product = self.multiply if len(rows) <= self.most else self.plain
+        y = product(rows)[:, : self.out_features].unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
 
     def plain(self, x):
-        """The same product with W dequantised: on a CPU some rows at a time, few enough to stay in its cache."""
-        step = self.CHUNK if x.is_cpu else self.rows
-        return torch.cat([self.product(x, start, start + step) for start in range(0, self.rows, step)], dim=-1)
+        """The same product with W dequantised, on a CPU some rows at a time; wide: in float32, for a CPU that has no
+        units for 16 bits.
+        """
+        step, y = self.CHUNK if x.is_cpu else self.rows, x.float() if self.wide else x
+        q = self.q.to_dense().T if self.q.is_mkldnn else self.q
+        parts = [self.product(y, q, start, min(start + step, self.rows)) for start in range(0, self.rows, step)]
+        return torch.cat(parts, dim=-1).to(x.dtype)
 
     def take_weight(self, part, device):
         """Take a slice of a file, (outputs, inputs), some rows at a time, so that little memory is needed beside it."""
         weight = part[:]
-        q, scale = zip(*(self.rounded(self.padded(rows.float())) for rows in weight.split(self.CHUNK)), strict=True)
+        q, scale = zip(*(self.rounded(self.padded(rows.float())) for rows in weight.split(self.BLOCK)), strict=True)
         self.q, self.scale = torch.cat(q).to(device), torch.cat(scale, self.ROWS_OF_SCALE).to(device)
-        if torch.device(device).type == "cpu" and self.scale.dtype == torch.bfloat16:
-            self.try_kernel()
-        return weight
-
-    def try_kernel(self):
-        """Lay the integers out for the kernel, if there is one: some versions of torch lack it, or parts of it."""
-        q, scale = self.q, self.scale
-        try:
+        if self.kernel != "plain":
             self.pack()
-            self.multiplied(torch.zeros(1, self.in_features, dtype=scale.dtype))
-        except (AttributeError, NotImplementedError):
-            self.q, self.scale, self.most = q, scale, 0
+        return weight
 
     def padded(self, weight):
         """Some rows of W in whole blocks: the last column is repeated, which leaves the range of each group as it is;
         below are zeros.
         """
+        if weight.shape == (self.BLOCK, self.columns):
+            return weight
         weight = F.pad(weight, (0, self.columns - self.in_features), mode="replicate")
         return F.pad(weight, (0, 0, 0, -len(weight) % self.BLOCK))
 
@@ -164,32 +196,34 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """W[n, k] ≈ scale[n] · q[n, k], with q in -127 … 127: one scale for each row, which is to say for each output.
 
-    A CPU with VNNI multiplies integers, 64 at once, and exactly. So each row of x is split into two of them, x ≈ (high
-    + low / 254) · size, both in -127 … 127: finer than a bfloat16 is. It costs little: W is read once for both.
+    Kernels: torch's own multiplies the vector as it is. oneDNN's multiplies integers, 64 at once, and exactly. So each
+    row of x is split into two of them, x ≈ (high + low / 254) · size, both in -127 … 127: finer than a bfloat16 is. It
+    costs little: W is read once for both.
     """
 
-    ROWS_OF_SCALE = 0  # the dimension of `scale` that counts rows
+    BITS, ROWS_OF_SCALE = 8, 0  # the dimension of `scale` that counts rows
+    KERNELS = ("torch", "onednn")
 
-    def __init__(self, in_features, out_features, dtype, bias=False):
-        super().__init__(in_features, out_features, dtype, bias)
+    def __init__(self, in_features, out_features, dtype, **settings):
+        super().__init__(in_features, out_features, dtype, **settings)
         self.register_buffer("q", torch.empty(self.rows, self.columns, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(self.rows, dtype=dtype))
 
     def rounded(self, weight):
         scale = (weight.abs().amax(1) / 127).to(self.scale.dtype)
-        q = (weight / at_least_tiny(scale)[:, None]).round().clamp(-127, 127)
+        q = (weight / at_least_tiny(scale)[:, None]).round_().clamp_(-127, 127)
         return q.to(torch.int8), scale
 
-    def product(self, x, start, end):
-        return F.linear(x, self.q[start:end].to(x.dtype)) * self.scale[start:end].to(x.dtype)
+    def product(self, x, q, start, end):
+        q = q[start:end].view(torch.uint8).bitwise_xor(128)  # q + 128: torch is slow in converting int8
+        return F.linear(x, q.to(x.dtype).sub_(128)) * self.scale[start:end].to(x.dtype)
 
     def pack(self):
-        self.most = 32
-        if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and torch.backends.mkldnn.is_available():
-            self.q, self.scale, self.most = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float(), math.inf
+        if self.kernel == "onednn":
+            self.q, self.scale = torch.ops.onednn.qlinear_prepack(self.q, None), self.scale.float()
 
-    def kernel(self, x):
-        if self.most < math.inf:
+    def multiply(self, x):
+        if self.kernel == "torch":
             return torch._weight_int8pack_mm(x, self.q, self.scale)
         size = at_least_tiny(x.abs().amax(1, keepdim=True)) / 127  # one for each row
         y = x / size
@@ -201,42 +235,75 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """W[n, k] ≈ scale[n, g] · (q[n, k] - 8) + zero[n, g], with q in 0 … 15: a scale and a zero for each group g of 64
+    """W[n, k] ≈ scale[n, g] · (q[n, k] - 8) + zero[n, g], with q in 0 … 15: a scale and a zero for each group g of 32
     columns.
 
-    A byte holds the q of two rows, 32 apart, as the kernel wants it: q (rows / 64, columns, 32). Beside it scale and
-    zero, (columns / 64, rows, 2).
+    A byte holds the q of two rows, half a block apart, as torch's kernel wants it: q (rows / 2 HALF, columns, HALF).
+    Beside it scale and zero, (columns / 32, rows, 2).
     """
 
-    ROWS_OF_SCALE = 1
+    BITS, ROWS_OF_SCALE = 4, 1
+    KERNELS = ("torch",)
+    GROUP = 32  # columns
+    WIDTH = 0.95  # of the first grid, relative to from the least to the greatest of a group
 
-    def __init__(self, in_features, out_features, dtype, bias=False):
-        super().__init__(in_features, out_features, dtype, bias)
-        blocks, groups = self.rows // self.BLOCK, self.columns // self.BLOCK
-        self.register_buffer("q", torch.empty(blocks, self.columns, self.BLOCK // 2, dtype=torch.uint8))
+    def __init__(self, in_features, out_features, dtype, **settings):
+        super().__init__(in_features, out_features, dtype, **settings)
+        half, groups = half_block(), self.columns // self.GROUP
+        self.register_buffer("q", torch.empty(self.rows // half // 2, self.columns, half, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(groups, self.rows, 2, dtype=dtype))
 
     def rounded(self, weight):
-        groups = weight.unflatten(1, (-1, self.BLOCK))
-        low, high = groups.aminmax(dim=2, keepdim=True)
-        scale = ((high - low) / 15).to(self.scale.dtype)
-        zero = (low + 8 * scale).to(self.scale.dtype)
-        q = ((groups - zero) / at_least_tiny(scale)).round().add(8).clamp(0, 15).to(torch.uint8).flatten(1)
-        first, second = q.unflatten(0, (-1, self.BLOCK)).transpose(1, 2).chunk(2, dim=2)
+        """The straight line from q to W that is nearest in the mean square: the two ends of a group are worth less than
+        what lies between. So the grid begins a little narrower, and its line is fitted to what falls on each q.
+        """
+        groups = weight.unflatten(1, (-1, self.GROUP))
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scale = (high - low) * (self.WIDTH / 15)
+        line = scale, (low + high + scale) / 2  # q - 8 reaches from -8 to 7
+        for _ in range(2):
+            line = fitted(groups, nearest(groups, *line))
+        scale, zero = (part.to(self.scale.dtype) for part in line)
+        q = nearest(groups, scale, zero)
+        half = self.q.shape[-1]
+        q = q.add_(8).to(torch.uint8).flatten(1)
+        first, second = q.unflatten(0, (-1, 2 * half)).transpose(1, 2).chunk(2, dim=2)
         return first | second << 4, torch.cat([scale, zero], dim=2).transpose(0, 1)
 
-    def product(self, x, start, end):
-        q = self.q[start // self.BLOCK : end // self.BLOCK]
-        q = torch.cat([q & 15, q >> 4], dim=2).transpose(1, 2).contiguous().to(x.dtype)
-        q = q.flatten(0, 1).unflatten(1, (-1, self.BLOCK))
-        scale, zero = self.scale[:, start:end].to(x.dtype).permute(2, 1, 0).unsqueeze(3)
-        return F.linear(x, q.sub_(8).mul_(scale).add_(zero).flatten(1))
+    def product(self, x, q, start, end):
+        half, groups = self.q.shape[-1], self.columns // self.GROUP
+        q = q[start // (2 * half) : end // (2 * half)]
+        scale, zero = self.scale[:, start:end].to(x.dtype).view(groups, 1, -1, 2, half, 2).unbind(5)
+        zero = zero - 8 * scale
+        weight = x.new_empty(groups, self.GROUP, len(q), 2, half)  # Wᵀ
+        for i, part in enumerate((q & 15, q >> 4)):
+            part = part.to(x.dtype).unflatten(1, (groups, self.GROUP)).permute(1, 2, 0, 3)
+            weight[..., i, :] = torch.addcmul(zero[..., i, :], part, scale[..., i, :])
+        return x @ weight.flatten(0, 1).flatten(1)
 
     def pack(self):
-        self.most = 32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
+        pass  # they lie as the kernel wants them
 
-    def kernel(self, x):
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.rows, -1), self.BLOCK, self.scale)
+    def multiply(self, x):
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.q.view(self.rows, -1), self.GROUP, self.scale)
+
+
+def nearest(groups, scale, zero):
+    """The integers from -8 to 7 of which scale · q + zero is nearest to some numbers."""
+    return ((groups - zero) / at_least_tiny(scale)).round_().clamp_(-8, 7)
+
+
+def fitted(groups, q):
+    """The line through some numbers over their integers, by least squares → scale, zero."""
+    middle = q.mean(2, keepdim=True)
+    q = q - middle
+    scale = (q * groups).sum(2, keepdim=True) / at_least_tiny(q.square().sum(2, keepdim=True))
+    return scale, groups.mean(2, keepdim=True) - scale * middle
+
+
+def half_block():
+    """Half the rows that torch's kernel of four bits takes at once: four registers hold them as float32."""
+    return 32 if getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")() == "AVX512" else 16
 
 
 def at_least_tiny(scale):
@@ -245,3 +312,24 @@ def at_least_tiny(scale):
 
 
 QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
+HEAD = Int8Linear  # whatever the others are: the next word is chosen there
+
+
+@functools.cache
+def works(kind, kernel, dtype):
+    """Whether this machine, and this version of torch, have a kernel, and it gives the numbers of the plain product.
+
+    Checked on the largest numbers that there are, all of one sign, too: a processor that adds the products of eight
+    bits in sixteen saturates there without a word, and by a little elsewhere.
+    """
+    weight = torch.randn(kind.BLOCK, 4 * kind.BLOCK, generator=torch.Generator().manual_seed(0))
+    weight = torch.cat([weight, weight.sign(), torch.ones_like(weight)])
+    x = torch.cat([weight[:3], weight[-1:], -weight[-1:]]).to(dtype)
+    layer, plain = (kind(weight.shape[1], len(weight), dtype, kernel=name, most=len(x)) for name in (kernel, "plain"))
+    plain.take_weight(weight, "cpu")
+    try:
+        layer.take_weight(weight, "cpu")
+        found, expected = layer(x).double(), plain.plain(x).double()
+    except (AttributeError, NotImplementedError):  # some versions lack it, or parts of it
+        return False
+    return bool(((found - expected).abs() <= 0.01 * x.abs().double() @ weight.abs().double().T).all())

@@ -3,6 +3,11 @@
 On the meta device a model is names and shapes: now is the time to put other layers in the place of some. Everything
 here gives the same numbers as the plain way, or says by how much it differs, and none of the four modules knows of it.
 
+There is no list of processors. Where several ways compute the same, they are timed for some milliseconds on the sizes
+of the model that is being loaded, and the fastest is taken: model.ways says which and why, --trace shows it, and FIXED
+settles it beforehand. float32 always goes the plain way; in 16 bits another one must win by a tenth, so that the same
+command gives the same words twice.
+
     letter   meaning
     B, S     rows of the batch, positions that are attended to
     A, K     query heads, key-value heads
@@ -14,14 +19,24 @@ import copy
 import functools
 import math
 import os
+import time
+import weakref
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import llama
 import weights
-from extras import memory, parallel, quantize, recorded
+from extras import memory, parallel, quantize, recorded, threads
 
-SMALL = 20e6  # parameters of a model that one thread computes as fast as several
+FIXED = {}  # question → the way that is taken without timing any, as {"one query": "fused call", "8 bits": "plain"}
+MARGIN = 0.9  # of the plain way's time: what does not stay below is not worth another rounding
+STEPS, PROMPT = 100, 256  # what is timed: so many words of an answer, behind so many positions of a prompt
+FEW = (4, 16, 64)  # rows of several answers side by side, up to which a kernel for one may still be faster
+KEYS = 700  # positions that one query looks at: a picture and some words
+NUMBERS = 4_000_000  # of a matrix that is timed, at most
+COPIES, ROUNDS = 3, 3  # of each matrix, so that it is not always the same memory; of all ways in turn, the best counts
 
 
 def choose(device, dtype, quantize_to, compile):
@@ -32,7 +47,7 @@ def choose(device, dtype, quantize_to, compile):
         raise ValueError(f"quantize is {quantize_to!r}, and must be {' or '.join(quantize.QUANTIZED)}")
     if compile:
         recorded.check_compiler(device)
-    if (quantize_to or compile) and parallel.in_group():
+    if (quantize_to or compile) and parallel.in_group() and not parallel.Deal.wanted:
         raise ValueError(
             "a model that is split over several processes is neither quantised nor compiled: leave these out"
         )
@@ -44,16 +59,28 @@ def prepare(model, found, device, dtype, quantize_to, compile):
 
     found: from weights.scan. Raises ValueError if the model does not fit into the memory.
     """
+    model.ways = ways = {}
     if dtype == "auto":
-        dtype = fastest_dtype(model, device, main_dtype(model, found), quantize_to)
-    small = count_parameters(model) < SMALL
-    replace_layers(model, device, dtype, quantize_to, compile)
+        dtype = fastest_dtype(model, device, main_dtype(model, found), quantize_to, ways)
+    parallel.deal(bool(quantize_to or compile) or too_large(model, device, dtype) is None)
+    if parallel.in_group():
+        parallel.split(model.llama, dtype)
+    timed, shape = device.type == "cpu" and dtype.itemsize == 2, largest(model)
+    if quantize_to is not None:
+        kind, head = quantize.QUANTIZED[quantize_to], model.llama.head
+        settings = {each: fastest_kernel(each, shape, dtype, ways) if timed else {} for each in (quantize.HEAD, kind)}
+        model.llama.head = quantize.in_place_of(head, quantize.HEAD, dtype, **settings[quantize.HEAD])
+        quantize.replace_layers(model.llama, kind, dtype, **settings[kind])
+    answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
+    if answers_only and timed and fastest_product(shape, dtype, ways) == "packed":
+        quantize.replace_layers(model, quantize.PackedLinear, dtype)
     check_memory(model, device, dtype)
     if device.type == "cpu":
+        attend = Attend(fastest_attention(model, dtype, ways) if timed else llama.attend, tell=timed)
         for block in model.llama.blocks:
-            block.attention.attend = attend_one_query
-        if small:
-            one_thread(model)
+            block.attention.attend = attend
+        if count_parameters(model) < threads.SMALL:
+            threads.one(model)
     if compile:
         model.llama.run = recorded.RecordedStep(model.llama, device)
         if device.type == "cpu":
@@ -67,45 +94,22 @@ def check_before_download(model, device, dtype, quantize_to, compile, size=None)
     """
     if dtype == "auto":
         wide = size is not None and size > 3 * count_parameters(model)
-        dtype = fastest_dtype(model, device, torch.float32 if wide else torch.float16, quantize_to)
+        dtype = fastest_dtype(model, device, torch.float32 if wide else torch.float16, quantize_to, {})
     model = copy.deepcopy(model)  # on the meta device, where it costs nothing
-    replace_layers(model, device, dtype, quantize_to, compile)
-    check_memory(model, device, dtype)
-
-
-def replace_layers(model, device, dtype, quantize_to, compile):
-    """Put those layers in that the options ask for, or that are faster."""
     if parallel.in_group():
         parallel.split(model.llama, dtype)
     if quantize_to is not None:
+        model.llama.head = quantize.in_place_of(model.llama.head, quantize.HEAD, dtype)
         quantize.replace_layers(model.llama, quantize.QUANTIZED[quantize_to], dtype)
-    answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
-    if answers_only and device.type == "cpu" and quantize.PackedLinear.works(dtype):
-        quantize.replace_layers(model, quantize.PackedLinear, dtype)
+    check_memory(model, device, dtype)
 
 
 def count_parameters(model):
     return sum(tensor.numel() for tensor in model.parameters())
 
 
-def one_thread(model):
-    """Let the parts of a model compute on one thread. If it is small, several only wait for one another, and on a busy
-    machine for long. Around the parts, and for whatever else the process does, their number stays as it is.
-    """
-    outside = []
-
-    def enter(*_):
-        if torch.get_num_threads() > 1:
-            outside.append(torch.get_num_threads())
-            torch.set_num_threads(1)
-
-    def leave(*_):
-        if outside:
-            torch.set_num_threads(outside.pop())
-
-    for part in (model.vision, model.projector, model.llama, model.llama.head):
-        part.register_forward_pre_hook(enter)
-        part.register_forward_hook(leave, always_call=True)
+# ----------------------------------------------------------------------------------------------------------------
+# Device, dtype, memory
 
 
 def pick_device(name):
@@ -131,11 +135,10 @@ def pick_dtype(dtype):
     return known[name]
 
 
-def fastest_dtype(model, device, stored, quantize_to):
+def fastest_dtype(model, device, stored, quantize_to, ways):
     """What dtype="auto" means. A GPU takes the checkpoint's own, but float16 for bfloat16 if it has no units for that
     and would emulate it, as a T4 or a V100. A CPU takes float32, unless the model is so large that reading its weights
-    is what takes the time, and the CPU multiplies bfloat16 natively: half the bytes, twice the speed. The kernels of
-    quantised weights take bfloat16 alone.
+    is what takes the time, and bfloat16 is faster there. The kernels of quantised weights take bfloat16 alone.
     """
     if device.type == "cuda" and stored == torch.bfloat16:
         with contextlib.nullcontext() if device.index is None else torch.cuda.device(device):
@@ -143,10 +146,14 @@ def fastest_dtype(model, device, stored, quantize_to):
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
     large = count_parameters(model) > 100e6
-    native = (
-        getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
-    )
-    return torch.bfloat16 if large and (quantize_to or (native and stored.itemsize == 2)) else torch.float32
+    if not large or (stored.itemsize > 2 and not quantize_to):
+        return torch.float32
+    if quantize_to:
+        return torch.bfloat16
+    shape = largest(model)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    answers = {name: functools.partial(answer, nn.Linear, shape, dtype) for name, dtype in dtypes.items()}
+    return dtypes[fastest("dtype", answers, ways)]
 
 
 def main_dtype(model, found):
@@ -157,8 +164,10 @@ def main_dtype(model, found):
     return max(sizes, key=sizes.get)
 
 
-def check_memory(model, device, dtype):
-    """Refuse a model that will not fit before reading it, rather than being killed halfway."""
+def too_large(model, device, dtype):
+    """Why a model does not fit into the memory, None if it does: to be asked before reading it, rather than being
+    killed halfway.
+    """
     needed = count_parameters(model) * dtype.itemsize
     needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised and packed layers
     there = None
@@ -166,22 +175,184 @@ def check_memory(model, device, dtype):
         there = torch.cuda.mem_get_info(device)[0], "free"
     elif device.type == "cpu":
         there = memory.limit(processes=int(os.environ.get("LOCAL_WORLD_SIZE") or 1))  # those of torchrun share it
-    if there is not None and needed > there[0]:
-        raise ValueError(
-            f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
-            f"{there[0] / 1e9:.1f} GB ({there[1]}): try a smaller dtype, --quantize int4, another device or "
-            f"--model tiny"
-        )
+    if there is None or needed <= there[0]:
+        return None
+    return (
+        f"the weights take {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')} and the {device.type} has "
+        f"{there[0] / 1e9:.1f} GB ({there[1]}): try a smaller dtype, --quantize int4, another device or --model tiny"
+    )
+
+
+def check_memory(model, device, dtype):
+    """Raise what too_large says."""
+    refusal = too_large(model, device, dtype)
+    if refusal is not None:
+        raise ValueError(refusal)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which of several ways is the fastest
+
+
+def fastest(question, ways, taken):
+    """The name of the fastest of several ways to the same numbers; it is noted in `taken`, with the reason.
+
+    ways: {name: a function that prepares a way and returns another one, which returns how long it took, in seconds}.
+    The first way is the plain one.
+    """
+    plain, name, why = next(iter(ways)), FIXED.get(question), "fixed"
+    if name is None:
+        times = race(ways)
+        name = min(times, key=lambda each: times[each] * (1 if each == plain else 1 / MARGIN))
+        why = ", ".join(f"{each} {1000 * seconds:.3g} ms" for each, seconds in times.items())
+    name = parallel.agreed(name)
+    if name not in ways:
+        raise ValueError(f"speed.FIXED has {name!r} for {question!r}; there is {', '.join(ways)} here")
+    taken[question] = name, why
+    return name
+
+
+@torch.inference_mode()
+def race(ways):
+    """{name: seconds}, all ways in turn, the best of some rounds: what disturbs the machine makes a way slower only."""
+    if len(ways) == 1:
+        return dict.fromkeys(ways, math.nan)
+    trials = {name: prepare_way() for name, prepare_way in ways.items()}
+    rounds = [{name: trial() for name, trial in trials.items()} for _ in range(1 + ROUNDS)][1:]
+    return {name: min(times[name] for times in rounds) for name in ways}
+
+
+def answer(kind, shape, dtype, **settings):
+    """One matrix's share of an answer: a function that takes its time, in seconds."""
+    layers, prompt = filled(kind, shape, dtype, **settings), torch.ones(PROMPT, shape[0], dtype=dtype)
+    return lambda: STEPS * product(layers, prompt[:1]) + product(layers[:1], prompt)
+
+
+def rows_at_once(rows, kind, shape, dtype, **settings):
+    """The same of a single product with so many rows."""
+    layers, x = filled(kind, shape, dtype, **settings), torch.ones(rows, shape[0], dtype=dtype)
+    return lambda: product(layers, x)
+
+
+def filled(kind, shape, dtype, **settings):
+    """Layers of a kind that hold ones: for their time it does not matter what."""
+    layers = []
+    for _ in range(COPIES):
+        with torch.device("meta"):
+            layer = kind(*shape, dtype=dtype, bias=False, **settings)
+        layer.to_empty(device="cpu")
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.fill_(1)
+        if kind is not nn.Linear:
+            layer.pack()
+        layers.append(layer)
+    return layers
+
+
+def product(layers, x):
+    """Seconds of a product, the mean over several layers."""
+    begin = time.perf_counter()
+    for layer in layers:
+        layer(x)
+    return (time.perf_counter() - begin) / len(layers)
+
+
+def largest(model):
+    """(inputs, outputs) of the matrix that holds most of a language model's numbers, no more of it than is timed."""
+    sizes = {}
+    for layer in model.llama.modules():
+        if isinstance(layer, nn.Linear):
+            shape = layer.in_features, layer.out_features
+            sizes[shape] = sizes.get(shape, 0) + math.prod(shape)
+    inputs, outputs = max(sizes, key=sizes.get)
+    return inputs, min(outputs, max(64, NUMBERS // inputs))
+
+
+def fastest_product(shape, dtype, ways):
+    """plain, or packed where that is faster."""
+    kinds = {"plain": nn.Linear}
+    if quantize.PackedLinear.works(dtype):
+        kinds["packed"] = quantize.PackedLinear
+    answers = {name: functools.partial(answer, kind, shape, dtype) for name, kind in kinds.items()}
+    return fastest("products", answers, ways)
+
+
+def fastest_kernel(kind, shape, dtype, ways):
+    """Settings of a quantised layer: its kernel, for how many rows at most, and whether the others go by float32."""
+    make, question = functools.partial(rows_at_once, kind=kind, shape=shape, dtype=dtype), f"{kind.BITS} bits"
+    prompts = {name: functools.partial(make, PROMPT, wide=wide) for name, wide in (("as is", False), ("float32", True))}
+    wide = {"wide": fastest(f"{question}, many rows", prompts, ways) == "float32"}
+    kernels = [name for name in kind.KERNELS if quantize.works(kind, name, dtype)]
+    steps = {name: functools.partial(make, 1, kernel=name, most=1) for name in kernels}
+    kernel = fastest(question, {"plain": functools.partial(make, 1, **wide), **steps}, ways)
+    if kernel == "plain":
+        return wide
+    chosen = {**wide, "kernel": kernel, "most": 1}
+    for rows in FEW:
+        pair = {"plain": functools.partial(make, rows, **wide)}
+        pair[kernel] = functools.partial(make, rows, kernel=kernel, most=rows)
+        if fastest(f"{question}, {rows} rows", pair, ways) == "plain":
+            break
+        chosen["most"] = rows
+    return chosen
+
+
+def fastest_attention(model, dtype, ways):
+    """One query for each row: the fused call, or the two products."""
+    config = model.llama.config
+    E, K = config.head_dim, config.num_key_value_heads
+    q, k = torch.ones(1, config.num_attention_heads, 1, E, dtype=dtype), torch.ones(1, K, KEYS, E, dtype=dtype)
+    mask = torch.ones(1, 1, 1, KEYS, dtype=torch.bool)
+    functions = {"fused call": llama.attend, "two products": attend_one_query}
+
+    def trial(function):
+        begin = time.perf_counter()
+        function(q, k, k, mask)
+        return time.perf_counter() - begin
+
+    ways_to = {name: lambda f=function: functools.partial(trial, f) for name, function in functions.items()}
+    return functions[fastest("one query", ways_to, ways)]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+class Attend:
+    """llama.attend, by another way to the same numbers where there is one that is faster.
+
+    One query for each row, as a step has it: the way that is fastest here. A whole prompt without padding: the fused
+    call skips what a causal mask hides, if it is told so; it does not look for itself.
+    """
+
+    def __init__(self, one_query, tell=True):
+        self.one_query, self.tell, self.seen = one_query, tell, (None, False)
+
+    def __call__(self, q, k, v, mask, output_attentions=False):
+        if output_attentions:
+            return llama.attend(q, k, v, mask, output_attentions)
+        if q.shape[2] == 1:
+            return self.one_query(q, k, v, mask)
+        if self.tell and self.is_causal(mask):
+            grouped = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped), None
+        return llama.attend(q, k, v, mask)
+
+    def is_causal(self, mask):
+        """Whether each position sees all before it and itself; asked once for all blocks, which get the same mask."""
+        held, answer = self.seen
+        if held is None or held() is not mask:
+            T, S = mask.shape[-2:]
+            answer = T == S and bool((mask == torch.ones(T, S, dtype=torch.bool, device=mask.device).tril()).all())
+            self.seen = weakref.ref(mask), answer
+        return answer
 
 
 def attend_one_query(q, k, v, mask, output_attentions=False):
-    """llama.attend, in two float32 products where there is one query for each row: faster on some CPUs.
-
-    Queries that share a key-value head are stacked, so that keys are not repeated.
+    """llama.attend for one query, in two float32 products: on some CPUs five times as fast as the fused call, on others
+    five times as slow. Queries that share a key-value head are stacked, so that keys are not repeated.
     """
-    B, A, T, E = q.shape
-    if T > 1 or output_attentions:
-        return llama.attend(q, k, v, mask, output_attentions)
+    B, A, _, E = q.shape
     K = k.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(dtype).reshape(B, K, A // K, E) @ k.to(dtype).transpose(2, 3) / math.sqrt(E)  # (B, K, A // K, S)

@@ -806,3 +806,11 @@ def test_a_token_is_shown_as_the_file_spells_it(tmp_path):
         assert [explain.written(processor, i) for i in (2, 638)] == ["</s>", "<image>"]
         assert explain.written(processor, processor.tokenizer.id("▁star")) == " star"
         assert explain.written(processor, 10_000) == "id 10000"
+
+
+def test_trace_says_which_way_was_taken_and_why(main):
+    run = main("--model", "tiny", "--prompt", "Where is it?", "--max-new-tokens", 1, "--dtype", "bfloat16", "--trace")
+    assert run.status == 0
+    assert run.err[run.err.index("kv_cache ") :].splitlines()[1:3] == [
+        "products: plain (fixed)", "one query: fused call (fixed)"
+    ]  # fmt: skip

@@ -1,5 +1,7 @@
 """Quantised and packed layers beside the plain ones."""
 
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,18 +9,28 @@ from reference import TINY
 
 import llava
 import weights
-from extras import quantize
+from extras import quantize, speed
 
 SCHEMES = list(quantize.QUANTIZED)
 
 
-def quantized(scheme, weight, dtype=torch.float32):
+KERNELS = [(scheme, name) for scheme in SCHEMES for name in quantize.QUANTIZED[scheme].KERNELS]
+
+
+def quantized(scheme, weight, dtype=torch.float32, **settings):
     """A quantised layer that holds the given matrix."""
     outputs, inputs = weight.shape
     with torch.device("meta"):
-        layer = quantize.QUANTIZED[scheme](inputs, outputs, dtype)
+        layer = quantize.QUANTIZED[scheme](inputs, outputs, dtype, **settings)
     layer.take_weight(weight, "cpu")
     return layer
+
+
+def with_kernel(scheme, name, weight, most=1000):
+    """The same, multiplied by a kernel."""
+    if not quantize.works(quantize.QUANTIZED[scheme], name, torch.bfloat16):
+        pytest.skip("this processor has no such kernel, or one that saturates")
+    return quantized(scheme, weight, torch.bfloat16, kernel=name, most=most)
 
 
 def written_out(layer, dtype):
@@ -27,12 +39,19 @@ def written_out(layer, dtype):
         q = layer.q.to_dense().T if layer.q.is_mkldnn else layer.q
         return (q.to(dtype) * layer.scale.to(dtype)[:, None])[: layer.out_features, : layer.in_features]
     rows = torch.empty(layer.out_features, layer.in_features, dtype=dtype)
+    q = four_bits(layer)
     for n in range(layer.out_features):
-        byte = layer.q[n // 64, : layer.in_features, n % 32].int()
-        q = byte >> 4 if n % 64 >= 32 else byte & 15
-        scale, zero = layer.scale[:, n].to(dtype).repeat_interleave(64, 0)[: layer.in_features].unbind(1)
-        rows[n] = (q - 8) * scale + zero
+        scale, zero = layer.scale[:, n].to(dtype).repeat_interleave(32, 0)[: layer.in_features].unbind(1)
+        rows[n] = (q[n] - 8) * scale + zero
     return rows
+
+
+def four_bits(layer):
+    rows, half = [], layer.q.shape[-1]
+    for n in range(layer.out_features):
+        byte = layer.q[n // (2 * half), : layer.in_features, n % half].int()
+        rows.append(byte >> 4 if n % (2 * half) >= half else byte & 15)
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(
@@ -46,45 +65,78 @@ def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape)
     matrix = written_out(layer, torch.float64)
     torch.testing.assert_close(layer(x), F.linear(x, matrix), rtol=1e-12, atol=1e-12)
     # and what it stands for is the nearest that its grid has
-    steps = layer.scale[:, None] if scheme == "int8" else layer.scale[..., 0].T.repeat_interleave(64, 1)
-    assert ((matrix - weight).abs() <= steps[: shape[0], : shape[1]] * 0.5001 + 1e-6).all()
+    error = matrix - weight
+    if scheme == "int8":
+        assert (error.abs() <= layer.scale[: shape[0], None] * 0.5001 + 1e-6).all()
+        return
+    q, steps = four_bits(layer), layer.scale[..., 0].T.repeat_interleave(32, 1)[: shape[0], : shape[1]]
+    beyond = ((q == 0) & (error > 0)) | ((q == 15) & (error < 0))  # an end of a group may lie outside of the grid
+    assert (beyond | (error.abs() <= steps * 0.5001 + 1e-6)).all() and error.abs().max() <= 1.5 * steps.max() + 1e-6
 
 
-def plain_twin(layer, matrix):
-    """The same layer, but one that has not laid its numbers out for a kernel."""
-    twin = quantized({quantize.Int8Linear: "int8", quantize.Int4Linear: "int4"}[type(layer)], matrix)
-    assert not twin.most
-    return twin
+def test_four_bits_are_spent_on_the_middle_of_a_group():
+    """Beside the grid from the least to the greatest of each group, which is what rounds the ends exactly."""
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)) * 0.02
+    groups = weight.unflatten(1, (-1, 32))
+    low, high = groups.aminmax(dim=2, keepdim=True)
+    ends = (((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low).flatten(1)
+    error = (written_out(quantized("int4", weight, torch.bfloat16), torch.float32) - weight).square().mean()
+    assert error < 0.9 * (ends - weight).square().mean()
 
 
-@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 32, 70])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_packed_kernel_is_the_plain_product(scheme, rows, vnni, monkeypatch):
-    if not vnni:  # an older processor
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    layer = quantized(scheme, torch.randn(192, 256), torch.bfloat16)
-    if not layer.most or layer.q.is_mkldnn < (vnni and scheme == "int8"):
-        pytest.skip("this processor has no kernel for it (AVX-512, VNNI)")
+@pytest.mark.parametrize("scheme, name", KERNELS)
+def test_a_kernel_is_the_plain_product(scheme, name, rows, wide):
+    layer = with_kernel(scheme, name, torch.randn(192, 256))
+    layer.wide = wide
     x = torch.randn(rows, 256).bfloat16()
-    matrix = written_out(layer, torch.float64)
-    exact = F.linear(x.double(), matrix)
-    for product in (layer.kernel(x), layer(x), plain_twin(layer, matrix.float()).plain(x)):
+    exact = F.linear(x.double(), written_out(layer, torch.float64))
+    for product in (layer.multiply(x), layer(x), layer.plain(x)):
         assert product.dtype == torch.bfloat16
         torch.testing.assert_close(product.double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item())
+
+
+@pytest.mark.parametrize("rows, kernel", [(1, True), (3, True), (4, False)])
+def test_many_rows_are_dequantised(rows, kernel, monkeypatch):
+    layer = quantized("int8", torch.randn(64, 64), most=3)
+    monkeypatch.setattr(layer, "multiply", lambda x: x * 0)
+    assert (layer(torch.randn(1, rows, 64)) == 0).all() == kernel
+
+
+def test_a_kernel_that_saturates_is_not_taken(monkeypatch):
+    """As one does that adds products of eight bits in sixteen: right in most places, a little off elsewhere."""
+
+    def product(x, w, scale):
+        pairs = ((x.int() - 128)[:, None] * w.int()).unflatten(2, (-1, 2)).sum(3).clamp(-(2**14), 2**14)
+        return (pairs.sum(2) * scale).float()
+
+    monkeypatch.setattr(quantize, "packed_integer_product", product)
+    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda q, shape: q)
+    check = quantize.works.__wrapped__
+    assert not check(quantize.Int8Linear, "onednn", torch.bfloat16)
+    monkeypatch.setattr(quantize, "packed_integer_product", lambda x, w, s: (x.float() - 128) @ w.float().T * s.float())
+    assert check(quantize.Int8Linear, "onednn", torch.bfloat16)
+
+
+@pytest.mark.parametrize("half", [16, 32])
+def test_the_halves_of_a_block_are_those_of_the_processor(half, monkeypatch):
+    monkeypatch.setattr(quantize, "half_block", lambda: half)
+    weight, x = torch.randn(130, 96), torch.randn(3, 96)
+    layer = quantized("int4", weight)
+    assert layer.q.shape[-1] == half
+    torch.testing.assert_close(layer(x), F.linear(x, written_out(layer, torch.float32)), rtol=1e-4, atol=1e-4)
 
 
 def test_whole_numbers_are_as_fine_as_the_vector():
     """The activations of the eight-bit kernel, with an outlier as language models have them: two rows of whole numbers
     lose less than the rounding to bfloat16, which happened before and happens after, and no bit of theirs is idle.
     """
-    layer = quantized("int8", torch.randn(192, 4096), torch.bfloat16)
-    if not layer.q.is_mkldnn:
-        pytest.skip("this processor has no kernel for it (VNNI)")
+    layer = with_kernel("int8", "onednn", torch.randn(192, 4096))
     x = torch.randn(3, 4096).bfloat16()
     x[:, 7] *= 100
     exact = F.linear(x.double(), written_out(layer, torch.float64))
-    error = (layer.kernel(x.float()).double() - exact).norm() / exact.norm()
+    error = (layer.multiply(x.float()).double() - exact).norm() / exact.norm()
     assert error < 2**-9 / 2  # half of what bfloat16 rounds off
     one_row = (x.float() / x.float().abs().amax(1, keepdim=True) * 127).round()
     one_row = F.linear(
@@ -93,20 +145,34 @@ def test_whole_numbers_are_as_fine_as_the_vector():
     assert error < (one_row - exact).norm() / exact.norm() / 100
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_numbers_out_of_range_do_not_hide_in_whole_numbers(scheme):
+@pytest.mark.parametrize("scheme, name", [*KERNELS, *((scheme, "plain") for scheme in SCHEMES)])
+def test_numbers_out_of_range_do_not_hide_in_whole_numbers(scheme, name):
     layer = quantized(scheme, torch.randn(64, 64), torch.bfloat16)
+    if name != "plain":
+        layer = with_kernel(scheme, name, torch.randn(64, 64))
     for bad in (torch.inf, torch.nan):
         x = torch.ones(1, 64).bfloat16()
         x[0, 3] = bad
         assert not layer(x).isfinite().any()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_last_positions_of_a_batch_are_a_product_too(scheme):
+@pytest.mark.parametrize("scheme, name", KERNELS)
+def test_the_last_positions_of_a_batch_are_a_product_too(scheme, name):
     """They do not lie side by side in memory, which the kernels want."""
-    layer, x = quantized(scheme, torch.randn(128, 256), torch.bfloat16), torch.randn(3, 5, 256).bfloat16()
+    layer, x = with_kernel(scheme, name, torch.randn(128, 256)), torch.randn(3, 5, 256).bfloat16()
     torch.testing.assert_close(layer(x[:, -1:]), layer(x[:, -1:].clone()))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_layer_has_a_bias_where_the_linear_one_has(scheme, dtype):
+    linear = torch.nn.Linear(96, 80)
+    layer = quantize.in_place_of(linear, quantize.QUANTIZED[scheme], dtype)
+    layer.take_weight(linear.weight.detach(), "cpu")
+    without = quantized(scheme, linear.weight.detach(), dtype)
+    layer.bias = torch.nn.Parameter(linear.bias.to(dtype))
+    x = torch.randn(2, 5, 96).to(dtype)
+    torch.testing.assert_close(layer(x), without(x) + linear.bias.to(dtype))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -116,9 +182,9 @@ def test_rows_of_zeros_stay_zeros(scheme):
 
 
 def test_an_equal_share_of_bytes():
-    """A 7B layer: 8 bits and a scale a row; 4 bits and two numbers for 64."""
+    """A 7B layer: 8 bits and a scale a row; 4 bits and two numbers for 32."""
     size = 4096 * 11008
-    for scheme, expected in (("int8", size + 2 * 11008), ("int4", size // 2 + size // 64 * 4)):
+    for scheme, expected in (("int8", size + 2 * 11008), ("int4", size // 2 + size // 32 * 4)):
         with torch.device("meta"):
             layer = quantize.QUANTIZED[scheme](4096, 11008, torch.bfloat16)
         assert sum(buffer.nbytes for buffer in layer.buffers()) == expected
@@ -136,10 +202,10 @@ def test_loading_quantises_the_linear_layers_of_the_language_model_and_nothing_e
     assert missing == {f"llama.{name}.weight" for name in layers}
     for name in missing:
         layer = model.get_submodule(name.removesuffix(".weight"))
-        again = quantized(scheme, kept[name])
+        again = quantized("int8" if name == "llama.head.weight" else scheme, kept[name])
         assert torch.equal(layer.q, again.q) and torch.equal(layer.scale, again.scale)
     inputs = processor("USER: hello ASSISTANT:")
-    close = {"int8": 0.999, "int4": 0.9}[scheme]
+    close = {"int8": 0.999, "int4": 0.97}[scheme]
     a, b = model(**inputs).logits.flatten(), plain(**inputs).logits.flatten()
     assert close < F.cosine_similarity(a, b, dim=0) < 1
 
@@ -151,7 +217,7 @@ def test_a_tied_head_is_quantised_from_the_embedding(scheme, checkpoints, tmp_pa
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
     llava.save(model, processor, tmp_path)
     again, _ = llava.load(str(tmp_path), device="cpu", dtype="float32", quantize=scheme)
-    assert torch.equal(again.llama.head.q, quantized(scheme, again.llama.embed.weight).q)
+    assert torch.equal(again.llama.head.q, quantized("int8", again.llama.embed.weight).q)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -177,6 +243,7 @@ def test_a_packed_layer_is_the_linear_layer(bias):
     linear = torch.nn.Linear(96, 80, bias=bias, dtype=torch.bfloat16)
     layer = quantize.PackedLinear(96, 80, torch.bfloat16, bias)
     layer.take_weight(linear.weight.detach(), torch.device("cpu"))
+    layer.state_dict()  # waits for the thread that packs
     layer.bias = linear.bias
     x = torch.randn(3, 5, 96).bfloat16()
     torch.testing.assert_close(layer(x[:, -1:]), layer(x)[:, -1:])  # not side by side in memory
@@ -186,8 +253,40 @@ def test_a_packed_layer_is_the_linear_layer(bias):
         torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=1e-2)
 
 
+def test_packing_goes_on_while_the_next_matrix_is_read(monkeypatch):
+    """And what goes wrong there is not lost."""
+    going, release = threading.Event(), threading.Event()
+
+    def pack(layer):
+        going.set()
+        assert release.wait(60)
+        layer.w = layer.w + 1
+
+    monkeypatch.setattr(quantize.PackedLinear, "pack", pack)
+    first, second = (quantize.PackedLinear(4, 4, torch.float32) for _ in range(2))
+    first.take_weight(torch.zeros(4, 4), "cpu")
+    assert going.wait(60) and (first.w == 0).all()  # take_weight is back before it is packed
+    release.set()
+    assert (first.state_dict()["w"] == 1).all()
+    monkeypatch.setattr(quantize.PackedLinear, "pack", lambda layer: 1 / 0)
+    second.take_weight(torch.zeros(4, 4), "cpu")
+    with pytest.raises(ZeroDivisionError):
+        second.state_dict()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16),
+                                    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
+def test_numbers_are_converted_as_torch_does_it(dtypes):
+    numbers = (torch.randn(70, 9) * 100).to(dtypes[0])
+    copy = quantize.converted(numbers, dtypes[1])
+    assert torch.equal(copy, numbers.to(dtypes[1])) and copy.data_ptr() != numbers.data_ptr()
+
+
 @packs
-def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answer(checkpoints, family, tmp_path):
+def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answer(
+    checkpoints, family, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(speed.FIXED, "products", "packed")
     settings = dict(device="cpu", dtype="bfloat16")
     plain, processor = llava.load(str(checkpoints[family]), **settings)
     with torch.inference_mode():
@@ -214,7 +313,8 @@ def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answe
 
 
 @packs
-def test_a_tied_head_is_packed_from_the_embedding(checkpoints, tmp_path):
+def test_a_tied_head_is_packed_from_the_embedding(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(speed.FIXED, "products", "packed")
     model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="float32")
     model.llama.head.weight = model.llama.embed.weight
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
@@ -250,7 +350,7 @@ def test_the_memory_is_counted_as_it_will_be():
     quantize.replace_layers(model.llama, quantize.QUANTIZED["int4"], torch.bfloat16)
     assert weights.is_tied(model) is False
     layers = sum(buffer.nbytes for buffer in model.buffers())
-    assert 0.55 < layers / (7e9 - 0.5e9) < 0.58  # bytes for each parameter of the language model's layers
+    assert 0.61 < layers / (7e9 - 0.5e9) < 0.64  # bytes for each parameter of the language model's layers
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -272,25 +372,22 @@ def test_any_sides_are_as_near_as_whole_blocks(scheme, rows, columns):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_are_given_whole_blocks(scheme, monkeypatch):
     """Whatever the sides are: some kernels are not there for others, some read past the end of the memory."""
-    layer = quantized(scheme, torch.randn(641, 100), torch.bfloat16)
-    seen, layer.most = [], 32
+    layer, seen = quantized(scheme, torch.randn(641, 100), torch.bfloat16, most=32), []
 
     def product(x):
         seen.append((x.shape, layer.rows, layer.columns, layer.scale.shape))
         return x.new_zeros(len(x), layer.rows)
 
-    monkeypatch.setattr(layer, "kernel", product)
+    monkeypatch.setattr(layer, "multiply", product)
     assert layer(torch.randn(2, 1, 100).bfloat16()).shape == (2, 1, 641)
-    scales = {"int8": (704,), "int4": (2, 704, 2)}[scheme]
+    scales = {"int8": (704,), "int4": (4, 704, 2)}[scheme]
     assert seen == [((2, 128), 704, 128, scales)]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme, name", KERNELS)
 @pytest.mark.parametrize("rows, columns", [(65, 100), (129, 63), (1, 1)])
-def test_the_kernel_of_padded_sides_is_the_plain_product(scheme, rows, columns):
-    layer = quantized(scheme, torch.randn(rows, columns), torch.bfloat16)
-    if not layer.most:
-        pytest.skip("this processor has no kernel for it (AVX-512)")
+def test_the_kernel_of_padded_sides_is_the_plain_product(scheme, name, rows, columns):
+    layer = with_kernel(scheme, name, torch.randn(rows, columns))
     x = torch.randn(3, columns).bfloat16()
     exact = F.linear(x.double(), written_out(layer, torch.float64))
     torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item() + 1e-3)
@@ -304,6 +401,7 @@ def test_a_packed_layer_takes_any_sides(rows, columns, bias):
     linear = torch.nn.Linear(columns, rows, bias=bias)
     layer = quantize.PackedLinear(columns, rows, torch.float32, bias)  # any processor packs float32
     layer.take_weight(linear.weight.detach(), "cpu")
+    layer.state_dict()
     layer.bias = linear.bias
     x = torch.randn(2, 3, columns)
     torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-4)
@@ -336,25 +434,25 @@ def lacking(error):
 
 @pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
 @pytest.mark.parametrize(
-    "scheme, vnni, where, name",
+    "scheme, kernel, where, name",
     [
-        ("int8", False, torch, "_weight_int8pack_mm"),
-        ("int8", True, torch.ops.onednn, "qlinear_prepack"),
-        ("int8", True, torch.ops.onednn, "qlinear_pointwise"),
-        ("int8", True, torch.backends.mkldnn, "is_available"),
-        ("int4", False, torch.ops.aten, "_weight_int4pack_mm_for_cpu"),
-        ("int4", False, torch.backends.cpu, "get_cpu_capability"),
+        ("int8", "torch", torch, "_weight_int8pack_mm"),
+        ("int8", "onednn", torch.ops.onednn, "qlinear_prepack"),
+        ("int8", "onednn", torch.ops.onednn, "qlinear_pointwise"),
+        ("int4", "torch", torch.ops.aten, "_weight_int4pack_mm_for_cpu"),
     ],
 )
-def test_a_kernel_that_torch_lacks_is_done_without(monkeypatch, scheme, vnni, where, name, error):
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+def test_a_kernel_that_torch_lacks_is_done_without(monkeypatch, scheme, kernel, where, name, error):
     monkeypatch.setattr(where, name, lacking(error))
-    weight, x = torch.randn(128, 192), torch.randn(3, 192).bfloat16()
-    layer = quantized(scheme, weight, torch.bfloat16)
-    assert layer.most == 0
-    exact = F.linear(x.double(), written_out(layer, torch.float64))
-    torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item())
+    assert not quantize.works.__wrapped__(quantize.QUANTIZED[scheme], kernel, torch.bfloat16)
+    monkeypatch.setattr(quantize, "works", lambda *_: False)
+    settings = speed.fastest_kernel(quantize.QUANTIZED[scheme], (64, 64), torch.bfloat16, {})
+    assert set(settings) == {"wide"}
+
+
+def test_an_unknown_processor_has_the_small_block(monkeypatch):
+    monkeypatch.delattr(torch.backends.cpu, "get_cpu_capability")
+    assert quantize.half_block() == 16
 
 
 @pytest.mark.parametrize("error", [AttributeError, NotImplementedError])

@@ -1,14 +1,14 @@
 """What is chosen for a machine changes rounding alone."""
 
 import contextlib
+import re
 
 import pytest
 import torch
-from PIL import Image
 
 import llama
 import llava
-from extras import speed
+from extras import parallel, quantize, speed
 
 
 @pytest.mark.parametrize("kv_heads", [6, 2, 1])
@@ -25,12 +25,142 @@ def test_one_query_in_two_products_is_the_plain_attention(dtype, kv_heads):
     assert ours.dtype == dtype and weights is None
 
 
-def test_a_step_touches_no_switch_of_the_process(checkpoints, family):
+def test_a_step_touches_no_switch_of_the_process(checkpoints, family, monkeypatch):
+    monkeypatch.setitem(speed.FIXED, "one query", "two products")
     model, processor = llava.load(str(checkpoints[family]), device="cpu", dtype="bfloat16")
     seen = []
     model.llama.norm.register_forward_hook(lambda *_: seen.append(torch.backends.mkldnn.enabled))
     model.generate(**processor("USER: hello ASSISTANT:"), max_new_tokens=3)
     assert all(seen) and len(seen) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which way is taken
+
+
+def clock(*laps):
+    """A way that takes so many seconds in its rounds, the first of which is not counted."""
+    return lambda: iter(laps).__next__
+
+
+@pytest.mark.parametrize(
+    "plain, other, taken",
+    [(1.0, 0.89, "other"), (1.0, 0.91, "plain"), (1.0, 1.5, "plain"), (1.0, 0.2, "other")],
+)
+def test_another_way_must_win_by_a_tenth(plain, other, taken):
+    noted = {}
+    laps = {"plain": (9, plain + 1, plain, plain), "other": (0.01, other, other + 2, other)}  # the first warms up
+    assert speed.fastest("a question", {name: clock(*laps[name]) for name in laps}, noted) == taken
+    assert noted["a question"][0] == taken and f"other {1000 * other:.3g} ms" in noted["a question"][1]
+
+
+def test_the_fastest_of_several_is_taken_if_it_wins_by_a_tenth():
+    ways = {"plain": clock(*[1.0] * 4), "a": clock(*[0.8] * 4), "b": clock(*[0.7] * 4)}
+    assert speed.fastest("q", ways, {}) == "b"
+
+
+def test_what_is_fixed_is_not_timed(monkeypatch):
+    noted = {}
+    monkeypatch.setitem(speed.FIXED, "q", "other")
+    assert speed.fastest("q", {"plain": None, "other": None}, noted) == "other"
+    assert noted == {"q": ("other", "fixed")}
+    monkeypatch.setitem(speed.FIXED, "q", "unknown")
+    with pytest.raises(ValueError, match="has 'unknown' for 'q'; there is plain, other here"):
+        speed.fastest("q", {"plain": None, "other": None}, {})
+
+
+def test_all_processes_of_a_group_take_what_the_first_one_found(monkeypatch):
+    monkeypatch.setattr(parallel, "agreed", lambda name: "other")
+    assert speed.fastest("q", {"plain": clock(*[1] * 4), "other": clock(*[2] * 4)}, {}) == "other"
+
+
+@pytest.mark.parametrize("quantize_to", [None, "int8", "int4"])
+def test_float32_goes_the_plain_way_and_times_nothing(checkpoints, family, quantize_to, monkeypatch):
+    monkeypatch.setattr(speed, "race", None)
+    monkeypatch.setattr(speed, "FIXED", {})
+    with torch.inference_mode():
+        model, _ = llava.load(str(checkpoints[family]), device="cpu", dtype="float32", quantize=quantize_to)
+    assert model.ways == {}
+    assert not any(isinstance(layer, quantize.PackedLinear) for layer in model.modules())
+    assert all(not getattr(layer, "most", 0) for layer in model.modules())
+    attend = model.llama.blocks[0].attention.attend
+    assert attend.one_query is llama.attend and not attend.tell
+
+
+@pytest.mark.parametrize("quantize_to", [None, "int8", "int4"])
+def test_sixteen_bits_are_timed_on_the_sizes_of_the_model(checkpoints, family, quantize_to, monkeypatch):
+    """Whatever is found to be the fastest computes the same."""
+    folder, settings = str(checkpoints[family]), dict(device="cpu", dtype="bfloat16", quantize=quantize_to)
+    with torch.inference_mode():
+        plain, processor = llava.load(folder, **settings)
+        monkeypatch.setattr(speed, "FIXED", {})
+        model, _ = llava.load(folder, **settings)
+    questions = {"products", "one query"}
+    if quantize_to:
+        assert {"8 bits", "8 bits, many rows"} <= set(model.ways)
+        assert ("4 bits" in model.ways) == (quantize_to == "int4")
+    assert questions <= set(model.ways) and all(why != "fixed" for _, why in model.ways.values())
+    inputs = processor("USER: hello, how are you today? ASSISTANT:")
+    with torch.no_grad():
+        a, b = model(**inputs).logits.float(), plain(**inputs).logits.float()
+    torch.testing.assert_close(a, b, rtol=0.05, atol=0.1 * b.std().item())
+
+
+def test_a_kernel_serves_as_many_rows_as_it_is_faster_for(monkeypatch):
+    found = {"8 bits, many rows": "float32", "8 bits": "torch", "8 bits, 4 rows": "torch", "8 bits, 16 rows": "plain"}
+    monkeypatch.setattr(speed, "fastest", lambda question, ways, noted: found[question])
+    settings = speed.fastest_kernel(quantize.Int8Linear, (64, 64), torch.bfloat16, {})
+    assert settings == {"wide": True, "kernel": "torch", "most": 4}
+    found["8 bits"] = "plain"
+    assert speed.fastest_kernel(quantize.Int8Linear, (64, 64), torch.bfloat16, {}) == {"wide": True}
+
+
+def test_what_is_timed_has_the_sides_of_the_matrix_that_counts_most():
+    with torch.device("meta"):
+        model = llava.Llava(llava.LlavaConfig())
+    inputs, outputs = speed.largest(model)
+    assert inputs == 4096 and outputs == speed.NUMBERS // 4096
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A whole prompt
+
+
+def queries(T, S, K=2, dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.randn(2, 4, T, 8, dtype=dtype), *torch.randn(2, 2, K, S, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("K", [4, 2])
+@pytest.mark.parametrize("kind", ["causal", "padded", "window", "behind a cache", "all see all"])
+def test_the_fused_call_is_told_of_a_causal_mask_and_of_no_other(kind, K, monkeypatch):
+    T, S = 5, 9 if kind == "behind a cache" else 5
+    real = torch.ones(2, S, dtype=torch.bool)
+    real[1, 0] = kind != "padded"
+    mask = llama.visible(real, torch.arange(S - T, S), 3 if kind == "window" else None)
+    mask = torch.ones_like(mask) if kind == "all see all" else mask
+    q, k, v = queries(T, S, K)
+    expected, _ = llama.attend(q, k, v, mask, output_attentions=True)
+    told, call = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **options):
+        told.append(options.get("is_causal", False))
+        return call(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    attend = speed.Attend(speed.attend_one_query)
+    for _ in range(2):
+        torch.testing.assert_close(attend(q, k, v, mask)[0], expected, rtol=1e-4, atol=1e-5)
+    assert told == [kind == "causal"] * 2
+    assert attend(q, k, v, mask, True)[1] is not None
+
+
+def test_a_mask_in_the_place_of_an_old_one_is_looked_at_again():
+    attend = speed.Attend(llama.attend)
+    for n in range(30):  # the memory of the last one is free again
+        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril() if n % 2 else torch.ones(1, 1, 4, 4, dtype=torch.bool)
+        assert attend.is_causal(mask) == bool(n % 2)
+        del mask
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -59,7 +189,7 @@ def test_auto_is_a_dtype_that_the_gpu_has_units_for(monkeypatch, stored, native,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     with torch.device("meta"):
         model = torch.nn.Linear(8, 8)
-    assert speed.fastest_dtype(model, torch.device("cuda"), stored, quantize) == chosen
+    assert speed.fastest_dtype(model, torch.device("cuda"), stored, quantize, {}) == chosen
     assert not any(asked)
 
 
@@ -79,7 +209,7 @@ def test_each_gpu_is_asked_for_itself(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: current[-1] == 0)
-    dtypes = [speed.fastest_dtype(None, torch.device("cuda", i), torch.bfloat16, None) for i in (0, 1)]
+    dtypes = [speed.fastest_dtype(None, torch.device("cuda", i), torch.bfloat16, None, {}) for i in (0, 1)]
     assert dtypes == [torch.bfloat16, torch.float16] and current == [0]
 
 
@@ -94,17 +224,16 @@ def test_the_limit_that_holds_is_named(monkeypatch):
                          ((4_000_000, "ulimit -v"), None), (None, None)):  # fmt: skip
         monkeypatch.setattr(speed.memory, "limit", lambda processes, there=there: there)
         if words is None:
-            speed.check_memory(model, torch.device("cpu"), torch.float32)
+            assert speed.too_large(model, torch.device("cpu"), torch.float32) is None
         else:
-            with pytest.raises(ValueError, match=words):
-                speed.check_memory(model, torch.device("cpu"), torch.float32)
+            assert re.search(words, speed.too_large(model, torch.device("cpu"), torch.float32))
 
 
 def test_processes_of_torchrun_share_the_memory(monkeypatch):
     asked = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(speed.memory, "limit", lambda processes: asked.append(processes))
-    speed.check_memory(torch.nn.Linear(1, 1), torch.device("cpu"), torch.float32)
+    speed.too_large(torch.nn.Linear(1, 1), torch.device("cpu"), torch.float32)
     assert asked == [4]
 
 
@@ -112,7 +241,7 @@ def test_processes_of_torchrun_share_the_memory(monkeypatch):
 def test_memory_is_judged_by_config_and_size_before_a_download(monkeypatch, size, fits):
     """There are 3 MB for a million numbers: enough if they are stored in 16 bits, as is assumed where nobody says."""
     monkeypatch.setattr(speed.memory, "limit", lambda processes: (3_000_000, "this machine"))
-    monkeypatch.setattr(speed, "fastest_dtype", lambda model, device, stored, quantize_to: stored)
+    monkeypatch.setattr(speed, "fastest_dtype", lambda model, device, stored, quantize_to, ways: stored)
     with torch.device("meta"):
         model = torch.nn.Linear(1000, 1000, bias=False)
     with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="the weights take"):
@@ -133,50 +262,3 @@ def test_memory_is_judged_with_the_bits_that_are_asked_for(monkeypatch):
     with pytest.raises(ValueError, match="in bfloat16"):
         speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, None, False)
     assert set(model.state_dict()) == names
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Threads
-
-
-@pytest.fixture
-def threads():
-    """Three of them outside, for one test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("small, inside", [(True, {1}), (False, {3})])
-def test_a_small_model_computes_on_one_thread(threads, monkeypatch, checkpoints, small, inside):
-    """Wherever it is used, and whatever else the process does keeps its threads."""
-    monkeypatch.setattr(speed, "SMALL", 10**9 if small else 10)
-    model, processor = llava.load(str(checkpoints["llama"]), device="cpu")
-    seen = {"vision": set(), "projector": set(), "llama": set(), "llama.head": set()}
-    for name, numbers in seen.items():
-        model.get_submodule(name).register_forward_pre_hook(lambda *_, to=numbers: to.add(torch.get_num_threads()))
-    edge = model.config.vision_config.image_size
-    inputs = processor.chat([("user", "Hi")], [Image.new("RGB", (edge, edge))])
-    model.generate(**inputs, max_new_tokens=3)
-    assert torch.get_num_threads() == 3 and list(seen.values()) == [inside] * 4
-    model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert torch.get_num_threads() == 3
-
-
-def test_an_error_or_ctrl_c_inside_leaves_the_threads_as_they_were(threads, checkpoints):
-    model, _ = llava.load(str(checkpoints["llama"]), device="cpu")
-    with pytest.raises(RuntimeError):
-        model.projector(torch.zeros(1, 1, 3))
-    assert torch.get_num_threads() == 3
-    x = torch.zeros(1, 1, model.projector.linear_1.in_features)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    hook = model.projector.linear_1.register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model.projector(x)
-    hook.remove()
-    model.projector(x)
-    assert torch.get_num_threads() == 3
