@@ -21,7 +21,7 @@ import llama
 import weights
 from extras import memory, parallel, quantize, recorded
 
-SMALL = 20e6  # parameters of a model that one thread computes as fast as several
+SMALL = 20e6  # numbers of a model that one thread computes as fast as several
 
 
 def choose(device, dtype, quantize_to, compile):
@@ -46,35 +46,6 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     """
     if dtype == "auto":
         dtype = fastest_dtype(model, device, main_dtype(model, found), quantize_to)
-    small = count_parameters(model) < SMALL
-    replace_layers(model, device, dtype, quantize_to, compile)
-    check_memory(model, device, dtype)
-    if device.type == "cpu":
-        for block in model.llama.blocks:
-            block.attention.attend = attend_one_query
-        if small:
-            one_thread(model)
-    if compile:
-        model.llama.run = recorded.RecordedStep(model.llama, device)
-        if device.type == "cpu":
-            model.init_kv_cache = functools.partial(recorded.init_kv_cache, model)
-    return dtype
-
-
-def check_before_download(model, device, dtype, quantize_to, compile, size=None):
-    """Refuse a model that will not fit into the memory before a byte of its weights is fetched: its config alone says
-    how many numbers there are. size: bytes of its files, or None if they are not known: then it is 16 bits a number.
-    """
-    if dtype == "auto":
-        wide = size is not None and size > 3 * count_parameters(model)
-        dtype = fastest_dtype(model, device, torch.float32 if wide else torch.float16, quantize_to)
-    model = copy.deepcopy(model)  # on the meta device, where it costs nothing
-    replace_layers(model, device, dtype, quantize_to, compile)
-    check_memory(model, device, dtype)
-
-
-def replace_layers(model, device, dtype, quantize_to, compile):
-    """Put those layers in that the options ask for, or that are faster."""
     if parallel.in_group():
         parallel.split(model.llama, dtype)
     if quantize_to is not None:
@@ -82,10 +53,28 @@ def replace_layers(model, device, dtype, quantize_to, compile):
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
     if answers_only and device.type == "cpu" and quantize.PackedLinear.works(dtype):
         quantize.replace_layers(model, quantize.PackedLinear, dtype)
+    check_memory(model, device, dtype)
+    if device.type == "cpu":
+        for block in model.llama.blocks:
+            block.attention.attend = attend_one_query
+    if compile:
+        model.llama.run = recorded.RecordedStep(model.llama, device)
+        if device.type == "cpu":
+            model.init_kv_cache = functools.partial(recorded.init_kv_cache, model)
+    if device.type == "cpu" and sum(x.numel() for x in (*model.parameters(), *model.buffers())) < SMALL:
+        one_thread(model)
+    return dtype
 
 
-def count_parameters(model):
-    return sum(tensor.numel() for tensor in model.parameters())
+def check_before_download(model, device, dtype, quantize_to, size=None):
+    """Refuse a model on the meta device that will not fit into the memory before a byte of its weights is fetched: how
+    many numbers there are stands in its config. size: bytes of its files, or None if they are not known: then it is 16
+    bits for each. Of a model that is split over processes it depends on them what fits, and is left to prepare.
+    """
+    if not parallel.in_group():
+        wide = size is not None and size > 3 * sum(tensor.numel() for tensor in model.parameters())
+        found = dict.fromkeys(model.state_dict(), (None, None, torch.float32 if wide else torch.float16))
+        prepare(copy.deepcopy(model), found, device, dtype, quantize_to, compile=False)
 
 
 def one_thread(model):
@@ -142,7 +131,7 @@ def fastest_dtype(model, device, stored, quantize_to):
             return stored if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
-    large = count_parameters(model) > 100e6
+    large = sum(tensor.numel() for tensor in model.parameters()) > 100e6
     native = (
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or torch.backends.mkldnn.is_acl_available()
     )
@@ -159,7 +148,7 @@ def main_dtype(model, found):
 
 def check_memory(model, device, dtype):
     """Refuse a model that will not fit before reading it, rather than being killed halfway."""
-    needed = count_parameters(model) * dtype.itemsize
+    needed = sum(tensor.numel() for tensor in model.parameters()) * dtype.itemsize
     needed += sum(tensor.nbytes for tensor in model.buffers())  # of quantised and packed layers
     there = None
     if device.type == "cuda":
