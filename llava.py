@@ -534,7 +534,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     processor = Processor(tokenizer, preprocess_config, config, checks.open_image)
     with torch.device("meta"):  # names and shapes alone: no memory yet
         llava = Llava(config).eval()
-    will_fit = partial(speed.check_before_download, llava, device, dtype, quantize, compile)
+    will_fit = partial(speed.check_before_download, llava, device, dtype, quantize)
     found = weights.scan(llava, hub.complete(model, folder, will_fit))  # downloads the weights
     dtype = speed.prepare(llava, found, device, dtype, quantize, compile)  # puts in what makes it faster
     weights.read(llava, found, dtype, device, hub.progress)

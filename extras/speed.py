@@ -79,7 +79,7 @@ def prepare(model, found, device, dtype, quantize_to, compile):
         attend = Attend(fastest_attention(model, dtype, ways) if timed else llama.attend, tell=timed)
         for block in model.llama.blocks:
             block.attention.attend = attend
-        if count_parameters(model) < threads.SMALL:
+        if sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) < threads.SMALL:
             threads.one(model)
     if compile:
         model.llama.run = recorded.RecordedStep(model.llama, device)
@@ -88,17 +88,18 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     return dtype
 
 
-def check_before_download(model, device, dtype, quantize_to, compile, size=None):
-    """Refuse a model that will not fit into the memory before a byte of its weights is fetched: its config alone says
-    how many numbers there are. size: bytes of its files, or None if they are not known: then it is 16 bits a number.
+def check_before_download(model, device, dtype, quantize_to, size=None):
+    """Refuse a model on the meta device that will not fit into the memory before a byte of its weights is fetched.
+
+    size: bytes of its files; None, not known: 16 bits a number. What processes share is left to prepare.
     """
+    if parallel.in_group():
+        return
     if dtype == "auto":
         wide = size is not None and size > 3 * count_parameters(model)
         dtype = fastest_dtype(model, device, torch.float32 if wide else torch.float16, quantize_to, {})
-    model = copy.deepcopy(model)  # on the meta device, where it costs nothing
-    if parallel.in_group():
-        parallel.split(model.llama, dtype)
     if quantize_to is not None:
+        model = copy.deepcopy(model)
         model.llama.head = quantize.in_place_of(model.llama.head, quantize.HEAD, dtype)
         quantize.replace_layers(model.llama, quantize.QUANTIZED[quantize_to], dtype)
     check_memory(model, device, dtype)
@@ -145,8 +146,7 @@ def fastest_dtype(model, device, stored, quantize_to, ways):
             return stored if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type != "cpu":
         return stored if stored.itemsize == 2 else torch.float32
-    large = count_parameters(model) > 100e6
-    if not large or (stored.itemsize > 2 and not quantize_to):
+    if count_parameters(model) <= 100e6 or (stored.itemsize > 2 and not quantize_to):
         return torch.float32
     if quantize_to:
         return torch.bfloat16

@@ -237,28 +237,34 @@ def test_processes_of_torchrun_share_the_memory(monkeypatch):
     assert asked == [4]
 
 
-@pytest.mark.parametrize("size, fits", [(2_000_000, True), (4_000_000, False), (None, True)])
-def test_memory_is_judged_by_config_and_size_before_a_download(monkeypatch, size, fits):
-    """There are 3 MB for a million numbers: enough if they are stored in 16 bits, as is assumed where nobody says."""
-    monkeypatch.setattr(speed.memory, "limit", lambda processes: (3_000_000, "this machine"))
-    monkeypatch.setattr(speed, "fastest_dtype", lambda model, device, stored, quantize_to, ways: stored)
+@pytest.fixture
+def numberless():
+    """(A model on the meta device, how many numbers it has)."""
+    text = dict(hidden_size=128, intermediate_size=1024, num_hidden_layers=4, vocab_size=64, num_attention_heads=4)
     with torch.device("meta"):
-        model = torch.nn.Linear(1000, 1000, bias=False)
-    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="the weights take"):
-        speed.check_before_download(model, torch.device("cpu"), "auto", None, False, size)
-    with pytest.raises(ValueError, match="in float64"):
-        speed.check_before_download(model, torch.device("cpu"), torch.float64, None, False, size)
-
-
-def test_memory_is_judged_with_the_bits_that_are_asked_for(monkeypatch):
-    """And the model itself stays as it is: its names are still to be compared with those of the files."""
-    monkeypatch.setattr(speed.memory, "limit", lambda processes: (2_000_000, "this machine"))
-    with torch.device("meta"):
-        model = llava.Llava(llava.LlavaConfig(text_config=llama.TextConfig(
-            hidden_size=128, intermediate_size=1024, num_hidden_layers=4, vocab_size=64, num_attention_heads=4)))
+        model = llava.Llava(llava.LlavaConfig(text_config=llama.TextConfig(**text)))
         model.vision, model.projector = torch.nn.Identity(), torch.nn.Identity()
+    return model, sum(tensor.numel() for tensor in model.parameters())
+
+
+@pytest.mark.parametrize("size, fits", [(2, True), (4, False), (None, True)])
+def test_memory_is_judged_by_config_and_size_before_a_download(monkeypatch, numberless, size, fits):
+    """There are 3 bytes for each number: enough if it is stored in 16 bits, as is assumed where nobody says."""
+    model, numbers = numberless
+    monkeypatch.setattr(speed.memory, "limit", lambda processes: (3 * numbers, "this machine"))
+    monkeypatch.setattr(speed, "fastest_dtype", lambda model, device, stored, *_: stored)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="the weights take"):
+        speed.check_before_download(model, torch.device("cpu"), "auto", None, size and size * numbers)
+    with pytest.raises(ValueError, match="in float64"):
+        speed.check_before_download(model, torch.device("cpu"), torch.float64, None, size and size * numbers)
+
+
+def test_memory_is_judged_with_the_bits_that_are_asked_for(monkeypatch, numberless):
+    """And the model itself stays as it is: its names are still to be compared with those of the files."""
+    model, numbers = numberless
     names = set(model.state_dict())
-    speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, "int4", False)
+    monkeypatch.setattr(speed.memory, "limit", lambda processes: (numbers, "this machine"))
+    speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, "int4")
     with pytest.raises(ValueError, match="in bfloat16"):
-        speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, None, False)
+        speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, None)
     assert set(model.state_dict()) == names
