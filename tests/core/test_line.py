@@ -5,6 +5,7 @@ import shutil
 
 import line
 import parity
+import published
 import pytest
 import torch
 import transformers
@@ -304,6 +305,25 @@ def test_what_is_absent_is_the_classs_default(tmp_path, kind):
             if hasattr(other, field):
                 mine, his = getattr(ours, field), getattr(other, field)
                 assert mine == (list(his) if isinstance(his, tuple) else his), field
+
+
+@pytest.mark.parametrize("name", published.FAMILY)
+def test_the_published_tensors_are_those_of_the_model(tmp_path, name):
+    """Each of them, by name and shape, from the published config; and every parameter has one."""
+    from extras import checks
+
+    config, kinds = published.FAMILY[name], published.DTYPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = weights.read_config(tmp_path, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
+    with torch.device("meta"):
+        expected = {key: list(value.shape) for key, value in llava.Llava(read).state_dict().items()}
+    found = {weights.our_name(key): shape for key, shape, _ in published.tensors(config, *kinds)}
+    if read.tie_word_embeddings:
+        found["llama.head.weight"] = found["llama.embed.weight"]
+    assert found == expected
+    back = {weights.translate(key, weights.THEIRS) for key in expected}
+    theirs = {key for key, *_ in published.tensors(config, *kinds)}
+    assert back - {"language_model.lm_head.weight"} == theirs - {"language_model.lm_head.weight"}
 
 
 @pytest.mark.parametrize("window, expected", [(None, None), (7, 7), (..., 4096)])
