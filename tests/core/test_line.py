@@ -71,6 +71,8 @@ def test_a_batch_of_unequal_rows_is_the_references(made, name):
             reference(**grown)
         for row, own in ((0, images[:1]), (1, images[1:]), (2, [])):
             alone = processor(texts[row], own)
+            if len(own) == 2:
+                assert alone["pixel_values"].shape[:2] == (2, 1)
             more = {"batch_num_images": torch.tensor([len(own)])} if own else {}
             theirs = reference(**theirs_of(model, alone), **more).logits
             close(model(**alone).logits, theirs)
@@ -227,6 +229,28 @@ def test_what_a_kind_of_text_has():
         names = {name.removeprefix("blocks.0.") for name in llama.Llama(config).state_dict() if name.endswith("bias")}
         assert names == ({f"attention.{name}.bias" for name in ("wq", "wk", "wv")} if biased else set())
         assert config.sliding_window == window
+
+
+def test_any_mode_is_converted(made):
+    """SigLIP's published files have do_convert_rgb null."""
+    folder = made.folder("interleave")
+    assert json.loads((folder / "preprocessor_config.json").read_text())["do_convert_rgb"] is None
+    processor, image = made.pair("interleave")[1], photo(40, 61)
+    for mode in ("RGBA", "P", "L"):
+        pixels = processor.prepare([[processor.image_id]], [image.convert(mode)])["pixel_values"]
+        plain = processor.prepare([[processor.image_id]], [image.convert(mode).convert("RGB")])["pixel_values"]
+        assert torch.equal(pixels, plain)
+
+
+def test_a_tied_text_is_tied_whoever_says_so(made, tmp_path):
+    folder = config_of(
+        made, "next-qwen", tmp_path, tie_word_embeddings=False, text_config={"tie_word_embeddings": True}
+    )
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = llava.load(str(folder), device="cpu")[0]
+    assert model.llama.head.weight is model.llama.embed.weight
 
 
 # ----------------------------------------------------------------------------------------------------------------
