@@ -128,7 +128,7 @@ def test_auto_processor_prepares_the_same(made, name, tmp_path):
 
 @pytest.mark.parametrize("layout", "BCDE")
 def test_every_layout_is_read(made, layout, tmp_path):
-    """As versions of transformers, and the authors, name the tensors, the newline and SigLIP's unused end among them."""
+    """As transformers and the authors name the tensors; the newline and SigLIP's unused end among them."""
     for name in ("onevision", "mantis", "vipllava"):
         folder = tmp_path / name
         shutil.copytree(made.folder(name), folder)
@@ -222,7 +222,7 @@ def test_the_first_patch_is_dropped_where_there_is_no_class_token(made):
 
 
 def test_what_a_kind_of_text_has():
-    """Biases: Qwen2's queries, keys and values alone. A window: Mistral's alone. The tensors of a model say the same."""
+    """Biases: Qwen2's queries, keys and values alone. A window: Mistral's alone. A model's tensors say the same."""
     for kind, biased, window in (("llama", False, None), ("mistral", False, 4096), ("qwen2", True, None)):
         sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
         config = llama.TextConfig(**{**llama.TextConfig.KINDS[kind], **sizes, "num_key_value_heads": 1})

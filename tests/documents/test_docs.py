@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import line
+import line as line_of_llavas
 import published as line_facts
 import pytest
 import torch
@@ -270,9 +270,9 @@ def memory_row(name, folder):
 
 
 TOKENS = {  # name in published.FAMILY → the special tokens by which its prompt is known, where there are any
-    **dict.fromkeys(("interleave-0.5b", "interleave-7b", "onevision-0.5b", "onevision-7b"), line.CHATML),
-    **dict.fromkeys(("llama-3-8b", "llama3-next-8b", "joycaption"), line.LLAMA_3),
-    "phi-3-mini": line.PHI_3,
+    **dict.fromkeys(("interleave-0.5b", "interleave-7b", "onevision-0.5b", "onevision-7b"), line_of_llavas.CHATML),
+    **dict.fromkeys(("llama-3-8b", "llama3-next-8b", "joycaption"), line_of_llavas.LLAMA_3),
+    "phi-3-mini": line_of_llavas.PHI_3,
 }
 
 
@@ -362,7 +362,8 @@ def test_a_row_of_the_line_is_what_its_config_gives(tmp_path, name):
 
 TIMES = r"\b[\d.]+ (s|seconds?|minutes?|hours?|ms|tokens/s)\b"
 NOT_OURS = [  # numbers that are names, and facts about others; each is a pattern
-    r"LLaVA-1\.[56]", r"Qwen2\b", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
+    r"LLaVA-1\.[56]", r"Qwen2\b",
+    r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
     r"U\+[0-9A-F]+",
     r"(b?float|int)(4|8|16|32|64)\b", r"\b(16|32)[ -]bits?\b",
     r"temperature 0\.2",  # the default of the authors' command line
