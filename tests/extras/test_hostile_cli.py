@@ -524,6 +524,7 @@ def test_any_message_is_one_short_line(message):
         assert said.isprintable() and len(said) <= 1000 and len(said.splitlines()) <= 1
 
 
+@pytest.mark.slow
 @examples(30)
 @given(PLAIN, st.lists(PLAIN, max_size=3))
 def test_any_prompt_and_any_talk_are_answered(base, capsys, words, lines):
