@@ -167,7 +167,7 @@ def screenshot(page, file):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1060, "height": 760})
+        tab = browser.new_page(viewport={"width": 1060, "height": 1190})
         tab.goto(page.as_uri())
         tab.wait_for_selector("body[data-ready]")
         tab.screenshot(path=file)
