@@ -117,12 +117,12 @@ def write(file, notebook):
 
 def blank(notebook):
     """Make a notebook one to work in: no outputs, no solutions, no rubrics."""
-    notebook.cells = [cell for cell in notebook.cells if "<summary>Solution</summary>" not in cell.source]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         else:
             cell.source = re.sub(r"\s*<details>.*?</details>", "", cell.source, flags=re.S)
+    notebook.cells = [cell for cell in notebook.cells if cell.source]
     return notebook
 
 
