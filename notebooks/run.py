@@ -117,12 +117,12 @@ def write(file, notebook):
 
 def blank(notebook):
     """Make a notebook one to work in: no outputs, no solutions, no rubrics."""
-    notebook.cells = [cell for cell in notebook.cells if "<summary>Solution</summary>" not in cell.source]
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         else:
             cell.source = re.sub(r"\s*<details>.*?</details>", "", cell.source, flags=re.S)
+    notebook.cells = [cell for cell in notebook.cells if cell.source]
     return notebook
 
 
@@ -167,7 +167,7 @@ def screenshot(page, file):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1060, "height": 760})
+        tab = browser.new_page(viewport={"width": 1060, "height": 1190})
         tab.goto(page.as_uri())
         tab.wait_for_selector("body[data-ready]")
         tab.screenshot(path=file)

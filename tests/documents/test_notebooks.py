@@ -291,6 +291,7 @@ def test_a_handout_has_neither_outputs_nor_solutions(tmp_path):
         nbformat.validate(notebook)
         assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
         texts = "".join(markdown(notebook))
+        assert all(cell.source.strip() for cell in notebook.cells)
         assert "<details>" not in texts and "Solution" not in texts and "Rubric" not in texts and "**b.**" in texts
         full = run.read(run.FOLDER / file.name)
         assert [cell.source for cell in code(notebook)] == [cell.source for cell in code(full)]

@@ -744,7 +744,7 @@ def test_a_phone_and_the_dark(visit, page_file):
     """Nothing is wider than a phone's screen, the picture stays in sight, and in the dark text is light on dark."""
     phone = visit(page_file, viewport={"width": 360, "height": 640})
     assert phone.evaluate("document.documentElement.scrollWidth") <= 360
-    for part in (".scroll", ".shared"):  # the tables fit, nothing of them is out of sight
+    for part in (".scroll", ".maps"):  # the tables fit, nothing of them is out of sight
         assert phone.eval_on_selector(part, "e => e.scrollWidth - e.clientWidth") <= 0
     phone.locator("#answer button").last.scroll_into_view_if_needed()
     box = phone.locator(".photo").bounding_box()
