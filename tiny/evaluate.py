@@ -189,7 +189,7 @@ def evaluate(folder, number, device="cpu"):
 def main():
     parser = argparse.ArgumentParser(description="Print how many questions tiny answers exactly. Writes nothing.")
     parser.add_argument("--model", type=Path, default=FOLDER, metavar="FOLDER", help="the checkpoint (tiny)")
-    parser.add_argument("--questions", type=int, default=100, help="of each kind in each situation (100)")
+    parser.add_argument("--questions", type=int, default=40, help="of each kind in each situation (40)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)  # more of them wait for each other on a model of this size

@@ -52,13 +52,14 @@ STAGES = {  # steps, scenes a step, learning rate
     "voice": (800, 8, 2e-3),
     "projector": (200, 8, 2e-3),
     "all": (8000, 8, 2e-3),
-    "talk": (2200, 8, 1.5e-3),
+    "talk": (2200, 8, 8e-4),
 }
 PART_1 = "all"  # its last stage
 LENGTHS = (224, 416, 416)  # how long the talks of a step are, about, in positions
 POSITIONS = 2000  # of all talks of a step
 DOUBT = 0.3  # of the steps have a talk about what is in doubt
 WARM_UP, WEIGHT_DECAY, CLIP = 100, 0.05, 1.0
+FADE = 1 / 10  # the share of part 2 in which its rate goes down to zero
 LOG_EVERY, SAVE_EVERY = 50, 100
 
 VISION = VisionConfig(image_size=56, patch_size=8, hidden_size=96, intermediate_size=384, num_hidden_layers=5,
@@ -312,7 +313,10 @@ def run_stage(stage, step_of, learners, model, heads, processor, state, args, lo
     began, losses, correct = time.time() - state["seconds"], [], []
     bar = tqdm(range(state["step"], steps), initial=state["step"], total=steps, desc=f"{stage:9}")
     for step in bar:
-        rate = peak * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+        cooling = (1 + math.cos(math.pi * step / steps)) / 2
+        if stage == "talk":  # as high as it is until the last steps, so that more of them can be put before these
+            cooling = min(1, (steps - step) / (FADE * steps))
+        rate = peak * min(1, (step + 1) / WARM_UP) * cooling
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["share"] * rate
         # its own stream of scenes for each step, so that a resumed run sees what an unbroken one would have seen
@@ -367,7 +371,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="1: on a model of this size more wait for each other")
-    parser.add_argument("--questions", type=int, default=100, help="of each kind, to measure with; 0: none")
+    parser.add_argument("--questions", type=int, default=40, help="of each kind, to measure with; 0: none")
     args = parser.parse_args()
     taken = (args.out / "model.safetensors").exists() and not args.resume
     if (args.out.resolve() == FOLDER or taken) and not args.overwrite:
