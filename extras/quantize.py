@@ -23,6 +23,14 @@ def replace_layers(model, kind, dtype, **settings):
                 setattr(parent, name, in_place_of(layer, kind, dtype, **settings))
 
 
+def quantize_layers(model, scheme, dtype, settings=lambda kind: {}):
+    """Put quantised layers in the place of a decoder's linear ones. The head, which chooses the word, has eight bits at
+    least. settings: what a kind of layer is made with.
+    """
+    model.head = in_place_of(model.head, HEAD, dtype, **settings(HEAD))
+    replace_layers(model, QUANTIZED[scheme], dtype, **settings(QUANTIZED[scheme]))
+
+
 def in_place_of(layer, kind, dtype, **settings):
     """Another kind of layer, of the sides of an nn.Linear, on the meta device."""
     bias = {} if layer.bias is None else {"bias": True}
@@ -245,7 +253,7 @@ class Int4Linear(QuantizedLinear):
     BITS, ROWS_OF_SCALE = 4, 1
     KERNELS = ("torch",)
     GROUP = 32  # columns
-    WIDTH = 0.95  # of the first grid, relative to from the least to the greatest of a group
+    WIDTH = 0.97  # of the first grid, relative to from the least to the greatest of a group
 
     def __init__(self, in_features, out_features, dtype, **settings):
         super().__init__(in_features, out_features, dtype, **settings)
@@ -261,7 +269,7 @@ class Int4Linear(QuantizedLinear):
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
         scale = (high - low) * (self.WIDTH / 15)
         line = scale, (low + high + scale) / 2  # q - 8 reaches from -8 to 7
-        for _ in range(2):
+        for _ in range(3):
             line = fitted(groups, nearest(groups, *line))
         scale, zero = (part.to(self.scale.dtype) for part in line)
         q = nearest(groups, scale, zero)
@@ -312,7 +320,7 @@ def at_least_tiny(scale):
 
 
 QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
-HEAD = Int8Linear  # whatever the others are: the next word is chosen there
+HEAD = Int8Linear
 
 
 @functools.cache

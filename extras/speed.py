@@ -67,10 +67,8 @@ def prepare(model, found, device, dtype, quantize_to, compile):
         parallel.split(model.llama, dtype)
     timed, shape = device.type == "cpu" and dtype.itemsize == 2, largest(model)
     if quantize_to is not None:
-        kind, head = quantize.QUANTIZED[quantize_to], model.llama.head
-        settings = {each: fastest_kernel(each, shape, dtype, ways) if timed else {} for each in (quantize.HEAD, kind)}
-        model.llama.head = quantize.in_place_of(head, quantize.HEAD, dtype, **settings[quantize.HEAD])
-        quantize.replace_layers(model.llama, kind, dtype, **settings[kind])
+        found = functools.cache(lambda kind: fastest_kernel(kind, shape, dtype, ways) if timed else {})
+        quantize.quantize_layers(model.llama, quantize_to, dtype, found)
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
     if answers_only and timed and fastest_product(shape, dtype, ways) == "packed":
         quantize.replace_layers(model, quantize.PackedLinear, dtype)

@@ -345,7 +345,7 @@ def line_row(name, folder):
 
 def quantized(model, scheme):
     """The bytes of a model whose language model is quantised, the rest in 16 bits."""
-    quantize.replace_layers(model.llama, quantize.QUANTIZED[scheme], torch.float16)
+    quantize.quantize_layers(model.llama, scheme, torch.float16)
     return size(model) * 2 + sum(buffer.nbytes for buffer in model.buffers())
 
 

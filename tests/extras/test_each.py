@@ -9,10 +9,10 @@ import sys
 import huggingface_hub.utils  # noqa: F401
 import pytest
 import torch
+from groups import torchrun
 from pictures import make_picture
 from reference import ROOT
 from talkers import COST, byte_ids, expected, make_talker, say
-from test_parallel import torchrun
 
 import llava
 from extras import each

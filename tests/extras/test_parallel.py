@@ -1,13 +1,13 @@
 """A model that is split over several processes answers as the whole one does: two of them, on the CPU, over gloo."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from groups import torchrun
 from reference import ROOT, TINY
 from safetensors.torch import load_file, save_file
 
@@ -16,27 +16,6 @@ import weights
 from extras import parallel
 
 QUESTION = "USER: <image>\nWhat is there? ASSISTANT:"
-
-
-def torchrun(*command, processes=2, status=0):
-    """Run a script in several processes → what the first of them printed."""
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        *map(str, command),
-    ]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    for _ in range(
-        3
-    ):  # about once in a hundred starts gloo ends a process over a thread of its own: not what is tested here
-        result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        if "terminate called without an active exception" not in result.stderr:
-            break
-    assert (result.returncode == 0) == (status == 0), result.stderr
-    return result
 
 
 def answer(folder, out):

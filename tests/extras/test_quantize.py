@@ -347,7 +347,7 @@ def test_tiny_answers_alike_in_eight_bits():
 def test_the_memory_is_counted_as_it_will_be():
     with torch.device("meta"):
         model = llava.Llava(llava.LlavaConfig())
-    quantize.replace_layers(model.llama, quantize.QUANTIZED["int4"], torch.bfloat16)
+    quantize.quantize_layers(model.llama, "int4", torch.bfloat16)
     assert weights.is_tied(model) is False
     layers = sum(buffer.nbytes for buffer in model.buffers())
     assert 0.61 < layers / (7e9 - 0.5e9) < 0.64  # bytes for each parameter of the language model's layers
