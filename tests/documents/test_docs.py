@@ -98,7 +98,8 @@ LONG = (  # not run by each test: what it is, and that it would start, is checke
     r"pip install .*",
     r"python docs/playground\.py.*", r"python (notebooks/run|extras/(finetune|assemble)|small/small)\.py.*",
     r"python llava\.py .*--explain .*",
-    r"python tests/(mutations|fuzz/fuzz)\.py.*", r"python tests/parity\.py .+", r"python tiny/(train|tokenizer)\.py.*",
+    r"python tests/(mutations|fuzz/fuzz|smollm2)\.py.*", r"python tests/parity\.py .+",
+    r"python tiny/(train|tokenizer)\.py.*",
 )  # fmt: skip
 
 
@@ -310,7 +311,8 @@ def figures(folder):
 
 TIMES = r"\b[\d.]+ (s|seconds?|minutes?|hours?|ms|tokens/s)\b"
 NOT_OURS = [  # numbers that are names, and facts about others; each is a pattern
-    r"LLaVA-1\.[56]", r"SmolLM2-135M-Instruct", r"SmolLM2", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
+    r"SmolLM2-135M-Instruct", r"SmolLM2",
+    r"LLaVA-1\.[56]", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
     r"U\+[0-9A-F]+",
     r"(b?float|int)(4|8|16|32|64)\b", r"\b(16|32)[ -]bits?\b",
     r"temperature 0\.2",  # the default of the authors' command line
