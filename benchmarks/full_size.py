@@ -1,5 +1,5 @@
 """
-The three published checkpoints at their full size, with random numbers: do they load, in how much time and memory?
+The published checkpoints at their full size, with random numbers: do they load, in how much time and memory?
 
 Writes a checkpoint with exactly the published names, shapes, dtypes and cuts into shards, then loads it in fresh
 processes, with this code and with transformers in turn, on the CPU in bfloat16, and lets each give a few tokens. Before
@@ -7,6 +7,8 @@ each load the files are put out of the page cache, so that everybody starts from
 
     python benchmarks/full_size.py --models 7b bakllava
     python benchmarks/full_size.py --models 13b --layers 20
+    python benchmarks/full_size.py --models interleave-0.5b onevision-0.5b --picture
+    python benchmarks/full_size.py --models v1.6-mistral-7b onevision-7b vip-llava-7b --layers 2 --picture
 
 A checkpoint that is larger than the memory is only checked: its files are then all header, and holes where the numbers
 would be.
@@ -28,17 +30,24 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from published import CONFIGS, DTYPES, PUBLISHED, nbytes, tensors  # noqa: E402
+from published import CONFIGS, COUNTED, DTYPES, FAMILY, PUBLISHED, nbytes, tensors  # noqa: E402
 
 import llama  # noqa: E402
 import llava  # noqa: E402
 import vision  # noqa: E402
 import weights  # noqa: E402
+from extras import checks, family  # noqa: E402
 
+MODELS = CONFIGS | FAMILY
 PREPROCESSOR = {
     "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336},
     "image_processor_type": "CLIPImageProcessor",
 }  # fmt: skip
+SQUARE = {
+    "size": {"height": 384, "width": 384}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
+    "image_processor_type": "SiglipImageProcessor",
+}  # fmt: skip
+PHOTO = (480, 640)  # height and width of the picture of --picture
 TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -62,13 +71,16 @@ def write(folder, model, layers=None, holes=False):
     """The checkpoint; returns the bytes of its numbers, in the files and in bfloat16. One block of them is written
     repeatedly.
     """
-    config = json.loads(json.dumps(CONFIGS[model]))
+    config = json.loads(json.dumps(MODELS[model]))
     if layers:
         config["text_config"]["num_hidden_layers"] = layers
     entries = tensors(config, *DTYPES[model])
     parts = cut(entries)
+    single = model in FAMILY and len(parts) == 1
     sizes = [sum(nbytes(*entry[1:]) for entry in part) for part in parts]
-    if not layers:
+    if not layers and model in COUNTED:
+        assert (len(entries), sum(torch.Size(shape).numel() for _, shape, _ in entries)) == COUNTED[model]
+    elif not layers:
         count, total, shard_bytes = PUBLISHED[model]
         assert (len(entries), sum(sizes), len(sizes)) == (count, total, len(shard_bytes)), (
             len(entries),
@@ -83,7 +95,7 @@ def write(folder, model, layers=None, holes=False):
     blocks = {dtype: memoryview(block.to(dtype).view(torch.uint8).numpy()) for dtype in TYPES}
     weight_map = {}
     for number, part in enumerate(parts, start=1):
-        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        name = weights.SINGLE if single else f"model-{number:05}-of-{len(parts):05}.safetensors"
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for tensor, shape, dtype in part:
             end = offset + nbytes(shape, dtype)
@@ -100,15 +112,22 @@ def write(folder, model, layers=None, holes=False):
                 fill(file, nbytes(shape, dtype), blocks[dtype])
             file.flush()
             os.fsync(file.fileno())
+    kind = family.KINDS[config["model_type"]]
+    pictures = PREPROCESSOR if config["vision_config"]["model_type"] == "clip_vision_model" else SQUARE
+    if kind.pictures is not None:
+        pictures = {**pictures, "image_processor_type": kind.pictures, "do_pad": True}
     files = {
         "config.json": config,
-        "model.safetensors.index.json": {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map},
-        "preprocessor_config.json": PREPROCESSOR,
+        "preprocessor_config.json": pictures,
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001},
     }
+    if not single:
+        files |= {"model.safetensors.index.json": {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}}
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2))
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 32000))])}
+    image = config["image_token_index"]
+    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, image))]
+    words = {word: i for i, word in enumerate(names)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<image>", "<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -124,28 +143,59 @@ def fill(file, size, block):
 # Loading
 
 
-def measure(side, folder, tokens=4):
+def inputs_of(folder, picture):
+    """A prompt of 16 ids in random words, and a picture in front of it if one is asked for, as both sides take them."""
+    ids = torch.arange(3, 19)[None]
+    if not picture:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (*PHOTO, 3), dtype=np.uint8)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
+    pictures = weights.read_preprocess_config(folder, vision.PreprocessConfig, config.vision_config)
+    tokenizer = llama.Tokenizer(folder / "tokenizer.json")
+    inputs = llava.Processor(tokenizer, pictures, config).prepare(
+        [[config.image_token_index, *ids[0].tolist()]], [Image.fromarray(noise)]
+    )
+    with torch.device("meta"):
+        model = llava.Llava(config)
+    (count,) = model.feature_counts(inputs["pixel_values"], inputs.get("image_sizes"), inputs["input_ids"])
+    row = torch.tensor([[config.image_token_index] * count + ids[0].tolist()])
+    return inputs | {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+def measure(side, folder, tokens=4, picture=False):
     """In a process of its own: load, remember the time and the peak of the memory,
-    and let the model say a few tokens.
+    and let the model say a few tokens; with a picture, the first of them by itself.
     """
-    ids = torch.arange(1, 17)[None]
+    inputs = inputs_of(Path(folder), picture)
+    new = inputs["input_ids"].shape[1]
     begin, cpu = time.perf_counter(), time.process_time()
     if side == "ours":
         model, _ = llava.load(folder, device="cpu", dtype="bfloat16")
     else:
-        from transformers import LlavaForConditionalGeneration
+        import transformers
 
+        kind = family.KINDS[json.loads((Path(folder) / "config.json").read_text())["model_type"]]
+        cls = getattr(transformers, kind.architecture)
         begin, cpu = time.perf_counter(), time.process_time()  # its imports take seconds and are not the load
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+        model = cls.from_pretrained(folder, dtype=torch.bfloat16)
+        inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
     seconds, cpu, peak = time.perf_counter() - begin, time.process_time() - cpu, high_water()
-    begin = time.perf_counter()
-    if side == "ours":
-        ids = model.generate(ids, max_new_tokens=tokens)
-    else:
-        ids = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
-        )[:, 16:]
-    got = {"seconds": seconds, "cpu": cpu, "peak": peak, "talk": time.perf_counter() - begin, "peak_talk": high_water()}
+
+    def talk(tokens):
+        begin = time.perf_counter()
+        if side == "ours":
+            ids = model.generate(**inputs, max_new_tokens=tokens)
+        else:
+            ids = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[:, new:]
+        return time.perf_counter() - begin, ids
+
+    first = talk(1)[0] if picture else 0.0
+    seconds_of, ids = talk(tokens)
+    got = {"seconds": seconds, "cpu": cpu, "peak": peak, "talk": seconds_of, "peak_talk": high_water()}
+    got |= {"first": first, "word": (seconds_of - talk(1)[0]) / (tokens - 1) if picture else 0.0}
     print(json.dumps({**got, "ids": ids[0].tolist()}))
 
 
@@ -170,7 +220,7 @@ def drop(folder):
 def check(folder):
     """Compare all names and shapes with the model that config.json describes, without reading a number."""
     begin = time.perf_counter()
-    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig)
+    config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     with torch.device("meta"):
         model = llava.Llava(config)
     found = weights.scan(model, folder)
@@ -193,6 +243,7 @@ def compare(model, folder, options):
             if not options.warm:
                 drop(folder)
             command = [sys.executable, __file__, "--measure", side, "--folder", str(folder)]
+            command += ["--picture"] if options.picture else []
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1800)
             if result.returncode:
                 print(f"  | {side:12} | stopped with status {result.returncode}")
@@ -203,6 +254,11 @@ def compare(model, folder, options):
                 f"| {got['peak'] / needed:14.3f} | {got['talk']:10.1f} | {got['peak_talk'] / 1e9:17.2f} | {got['ids']}",
                 flush=True,
             )
+            if options.picture:
+                first, word = got["first"], got["word"]
+                start = got["seconds"] + first
+                said = f"first word after {start:.1f} s, of them {first:.1f} s of picture and prompt; "
+                print(f"  |              | {said}a word after it {1000 * word:.0f} ms")
             best[side] = {key: min(got[key], best.get(side, got)[key]) for key in ("seconds", "cpu", "peak", "talk")}
     if "ours" in best:
         bound = 1.05 * needed + 0.5 * 2**30
@@ -220,7 +276,7 @@ def compare(model, folder, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(CONFIGS))
     parser.add_argument("--sides", nargs="+", choices=["ours", "transformers"], default=["ours", "transformers"])
     parser.add_argument(
         "--folder", type=Path, help="where to write them (default: a temporary folder, removed afterwards)"
@@ -228,12 +284,13 @@ def main():
     parser.add_argument("--keep", action="store_true", help="do not remove the checkpoints")
     parser.add_argument("--layers", type=int, help="of the language model, to scale it down")
     parser.add_argument("--rounds", type=int, default=2, help="loads of each side, in turn (default: %(default)s)")
+    parser.add_argument("--picture", action="store_true", help="with a picture of 480 x 640 in front of the prompt")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--measure", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed then, too
     if options.measure:
-        return measure(options.measure, str(options.folder))
+        return measure(options.measure, str(options.folder), picture=options.picture)
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         for model in options.models:

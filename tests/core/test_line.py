@@ -5,6 +5,7 @@ import shutil
 
 import line
 import parity
+import published
 import pytest
 import torch
 import transformers
@@ -70,6 +71,8 @@ def test_a_batch_of_unequal_rows_is_the_references(made, name):
             reference(**grown)
         for row, own in ((0, images[:1]), (1, images[1:]), (2, [])):
             alone = processor(texts[row], own)
+            if len(own) == 2:
+                assert alone["pixel_values"].shape[:2] == (2, 1)
             more = {"batch_num_images": torch.tensor([len(own)])} if own else {}
             theirs = reference(**theirs_of(model, alone), **more).logits
             close(model(**alone).logits, theirs)
@@ -125,7 +128,7 @@ def test_auto_processor_prepares_the_same(made, name, tmp_path):
 
 @pytest.mark.parametrize("layout", "BCDE")
 def test_every_layout_is_read(made, layout, tmp_path):
-    """As versions of transformers, and the authors, name the tensors, the newline and SigLIP's unused end among them."""
+    """As transformers and the authors name the tensors; the newline and SigLIP's unused end among them."""
     for name in ("onevision", "mantis", "vipllava"):
         folder = tmp_path / name
         shutil.copytree(made.folder(name), folder)
@@ -219,13 +222,35 @@ def test_the_first_patch_is_dropped_where_there_is_no_class_token(made):
 
 
 def test_what_a_kind_of_text_has():
-    """Biases: Qwen2's queries, keys and values alone. A window: Mistral's alone. The tensors of a model say the same."""
+    """Biases: Qwen2's queries, keys and values alone. A window: Mistral's alone. A model's tensors say the same."""
     for kind, biased, window in (("llama", False, None), ("mistral", False, 4096), ("qwen2", True, None)):
         sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
         config = llama.TextConfig(**{**llama.TextConfig.KINDS[kind], **sizes, "num_key_value_heads": 1})
         names = {name.removeprefix("blocks.0.") for name in llama.Llama(config).state_dict() if name.endswith("bias")}
         assert names == ({f"attention.{name}.bias" for name in ("wq", "wk", "wv")} if biased else set())
         assert config.sliding_window == window
+
+
+def test_any_mode_is_converted(made):
+    """SigLIP's published files have do_convert_rgb null."""
+    folder = made.folder("interleave")
+    assert json.loads((folder / "preprocessor_config.json").read_text())["do_convert_rgb"] is None
+    processor, image = made.pair("interleave")[1], photo(40, 61)
+    for mode in ("RGBA", "P", "L"):
+        pixels = processor.prepare([[processor.image_id]], [image.convert(mode)])["pixel_values"]
+        plain = processor.prepare([[processor.image_id]], [image.convert(mode).convert("RGB")])["pixel_values"]
+        assert torch.equal(pixels, plain)
+
+
+def test_a_tied_text_is_tied_whoever_says_so(made, tmp_path):
+    folder = config_of(
+        made, "next-qwen", tmp_path, tie_word_embeddings=False, text_config={"tie_word_embeddings": True}
+    )
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = llava.load(str(folder), device="cpu")[0]
+    assert model.llama.head.weight is model.llama.embed.weight
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -304,6 +329,25 @@ def test_what_is_absent_is_the_classs_default(tmp_path, kind):
             if hasattr(other, field):
                 mine, his = getattr(ours, field), getattr(other, field)
                 assert mine == (list(his) if isinstance(his, tuple) else his), field
+
+
+@pytest.mark.parametrize("name", published.FAMILY)
+def test_the_published_tensors_are_those_of_the_model(tmp_path, name):
+    """Each of them, by name and shape, from the published config; and every parameter has one."""
+    from extras import checks
+
+    config, kinds = published.FAMILY[name], published.DTYPES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = weights.read_config(tmp_path, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
+    with torch.device("meta"):
+        expected = {key: list(value.shape) for key, value in llava.Llava(read).state_dict().items()}
+    found = {weights.our_name(key): shape for key, shape, _ in published.tensors(config, *kinds)}
+    if read.tie_word_embeddings:
+        found["llama.head.weight"] = found["llama.embed.weight"]
+    assert found == expected
+    back = {weights.translate(key, weights.THEIRS) for key in expected}
+    theirs = {key for key, *_ in published.tensors(config, *kinds)}
+    assert back - {"language_model.lm_head.weight"} == theirs - {"language_model.lm_head.weight"}
 
 
 @pytest.mark.parametrize("window, expected", [(None, None), (7, 7), (..., 4096)])

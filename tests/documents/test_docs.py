@@ -20,7 +20,10 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import line as line_of_llavas
+import published as line_facts
 import pytest
 import torch
 
@@ -28,7 +31,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import cli, quantize
+from extras import anyres, checks, cli, forms, quantize
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
@@ -267,6 +270,42 @@ def memory_row(name, folder):
     return f"| [{name}] | {weights / 2:.2f} billion | {sizes} | {cache / 4096:.5f} | {cache:.2f} |"
 
 
+TOKENS = {  # name in published.FAMILY → the special tokens by which its prompt is known, where there are any
+    **dict.fromkeys(("interleave-0.5b", "interleave-7b", "onevision-0.5b", "onevision-7b"), line_of_llavas.CHATML),
+    **dict.fromkeys(("llama-3-8b", "llama3-next-8b", "joycaption"), line_of_llavas.LLAMA_3),
+    "phi-3-mini": line_of_llavas.PHI_3,
+}
+
+
+def config_of_line(name, folder):
+    (folder / "config.json").write_text(json.dumps(line_facts.FAMILY[name]))
+    return weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
+
+
+def line_row(name, folder):
+    """A row of the README's table of the LLaVAs after 1.5."""
+    read = config_of_line(name, folder)
+
+    def model():
+        with torch.device("meta"):
+            return llava.Llava(read)
+
+    whole, cache = memory(model(), 1)
+    sizes = " | ".join(f"{x / 1e9:.1f}" for x in (whole, quantized(model(), "int8"), quantized(model(), "int4")))
+    token = "<|reserved_special_token_69|>" if name == "joycaption" else "<image>"
+    names = [other for other in TOKENS.get(name, []) if other != token]
+    spelling = {-i - 1: other for i, other in enumerate(names)} | {read.image_token_index: token}
+    form = forms.choose(read, SimpleNamespace(spelling=spelling))
+    (before, behind), (left, right) = form.user, form.picture
+    prompt = f"{before}{left}{token}{right}…{behind}".replace("\n", "\\n").replace("|", "\\|")
+    plan = anyres.plan(read)
+    positions = f"{model().feature_counts(range(1))[0]}" if plan is None else f"{anyres.count(480, 640, plan):,}"
+    opening = "a system sentence, " if form.opening else ""
+    hub = line_facts.HUB[name]
+    link = f"[{hub}](https://huggingface.co/{hub})"
+    return f"| {link} | {sizes} | {cache / 1e9:.5f} | {positions} | {opening}`{prompt}` |"
+
+
 def quantized(model, scheme):
     """The bytes of a model whose language model is quantised, the rest in 16 bits."""
     quantize.replace_layers(model.llama, quantize.QUANTIZED[scheme], torch.float16)
@@ -288,18 +327,25 @@ def figures(folder):
     about = int(re.search(r"about ([\d,]+) lines", flat(text("README.md")))[1].replace(",", ""))
     lines = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in ("vision", "llama", "llava", "weights"))
     tiny = llava.load("tiny", device="cpu", dtype=torch.float32)[0]
+    next_plan, one_plan = (anyres.plan(config_of_line(name, folder)) for name in ("v1.6-vicuna-7b", "onevision-7b"))
     return {
         "README.md": [
             f"about {about if abs(about - lines) < lines / 20 else round(lines, -2):,} lines",
             f"Python {project['requires-python'].removeprefix('>=')} or newer",
             f"A LLaVA of {size(tiny) / 1e6:.1f} million parameters",
             *(memory_row(name, folder) for name in PUBLISHED),
+            *(flat(without_code(line_row(name, folder))) for name in line_facts.FAMILY),
+            "of 480 x 640 pixels",
+            f"a square one of 672 or more {anyres.count(672, 672, next_plan):,}",
+            f"one of 1154 x 951 {anyres.count(1154, 951, one_plan):,}",
+            f"each takes {anyres.count(480, 640, one_plan, alone=False)}",
             "of 10⁹ bytes",
             "cache for 4,096 tokens",
             f"A picture is {seven.vision.grid**2} tokens",
             f"transformers {pins()['transformers']}",
             f"by default {cli.parse([]).max_new_tokens}",
-            f"(the 7B is {size(seven) * 2 / 1e9:.1f} GB)",
+            f"the 7B, which is meant where no is named, {size(seven) * 2 / 1e9:.1f} GB",
+            f"the first one here is {line_facts.COUNTED['interleave-0.5b'][1] * 2 / 1e9:.1f} GB",
             f"the 7B takes {short:.1f} GB with a picture and a short answer, and {full:.1f} GB with 4,096 tokens",
             "a GPU with 24 GB has room to spare, one with 16 GB has little",
         ],
@@ -309,10 +355,16 @@ def figures(folder):
     }
 
 
+@pytest.mark.parametrize("name", line_facts.FAMILY)
+def test_a_row_of_the_line_is_what_its_config_gives(tmp_path, name):
+    """Its memory, the positions of a picture, and its prompt."""
+    assert line_row(name, tmp_path) in text("README.md"), line_row(name, tmp_path)
+
+
 TIMES = r"\b[\d.]+ (s|seconds?|minutes?|hours?|ms|tokens/s)\b"
 NOT_OURS = [  # numbers that are names, and facts about others; each is a pattern
-    r"SmolLM2-135M-Instruct", r"SmolLM2",
-    r"LLaVA-1\.[56]", r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
+    r"SmolLM2-135M-Instruct", r"SmolLM2", r"LLaVA-1\.[56]", r"Qwen2\b",
+    r"[Ll]lava-1\.5-\d+b-hf", r"bakLlava-v1-hf", r"\b(7|13)B\b", r"Llama 2\b", r"Mistral 7B",
     r"U\+[0-9A-F]+",
     r"(b?float|int)(4|8|16|32|64)\b", r"\b(16|32)[ -]bits?\b",
     r"temperature 0\.2",  # the default of the authors' command line
@@ -323,7 +375,10 @@ NOT_OURS = [  # numbers that are names, and facts about others; each is a patter
 def prose(document):
     """A document without code: blocks, indented ones, code within a line, addresses of links."""
     words = re.sub(r"^```.*?^```$", "", text(document), flags=re.M | re.S)
-    words = re.sub(r"^    .*$", "", words, flags=re.M)
+    return without_code(re.sub(r"^    .*$", "", words, flags=re.M))
+
+
+def without_code(words):
     return re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`\n]+`", "", words))
 
 

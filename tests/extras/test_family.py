@@ -154,9 +154,8 @@ def test_a_conversation_in_which_a_picture_is_added(asked):
         else:
             assert before[-1] in model.config.eos_token_ids
             ids = [*ids[:-1], *processor.tokenizer.encode_pieces(pieces)]
-        answered = model.generate(**processor.prepare([ids], _so_far(name, images, words)), max_new_tokens=4)[
-            0
-        ].tolist()
+        so_far = images[: 2 if words == "And this?" else 1]
+        answered = model.generate(**processor.prepare([ids], so_far), max_new_tokens=4)[0].tolist()
         ended = answered[-1] in model.config.eos_token_ids
         ids += answered + ([] if ended else [processor.eos_id])
         assert ids[-len(conversation.ids) :] == conversation.ids
