@@ -183,7 +183,7 @@ def test_first_screen():
     assert commands[0].source.endswith("python llava.py --model tiny --image tiny/scene.png")
     assert commands[1].source.endswith(".venv/bin/pytest")
     assert "![" in first and first.count("\n") <= 28
-    assert len(readme.splitlines()) <= 280  # with papers, tables of checkpoints and proofs, a map, a drawing; --help is not repeated
+    assert len(readme.splitlines()) <= 280  # with papers, tables, a map and a drawing; what --help says is not repeated
     ci = text(".ci/run")
     assert os.access(ROOT / ".ci/run", os.X_OK) and "grep '^python3 -m venv' README.md" in ci and "pytest -m slow" in ci
 
