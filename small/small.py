@@ -130,7 +130,8 @@ def answers(model, processor, features, questions):
     """
     encode, device = processor.tokenizer.encode, features.device
     prefix = torch.tensor([encode(BEFORE)] * len(features), device=device)
-    prefix, real, _ = model.expand(prefix, torch.ones_like(prefix).bool(), None, *features.shape[:2])
+    counts = [features.shape[1]] * len(features)
+    prefix, real, _ = model.expand(prefix, torch.ones_like(prefix).bool(), None, counts)
     cache = model.init_kv_cache(*prefix.shape)
     model.llama(model.merge(prefix, features), real, kv_cache=cache)
     total, count, verdicts = 0, 0, []
