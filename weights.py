@@ -330,6 +330,9 @@ def read(model, found, dtype, device, progress=iter):
     for ours in progress(found):
         file, name, _ = found[ours]
         layer = model.get_submodule(ours.rpartition(".")[0])
+        if ours == "llama.head.weight" and is_tied(model) and found[ours] == found["llama.embed.weight"]:
+            state[ours] = state["llama.embed.weight"]  # one matrix of the file is both
+            continue
         # reopened for each tensor, since a file's pages stay in memory while it is open; copied, to keep none mapped
         with safe_open(file, framework="pt") as tensors:
             part = tensors.get_slice(name)

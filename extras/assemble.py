@@ -239,9 +239,9 @@ def assemble(tower, language):
 
 
 def find(name, option):
-    """hub.find, but tiny is a whole LLaVA and no part."""
-    if name == "tiny":
-        raise ValueError(f"{option} tiny: tiny is a whole LLaVA; give a part of one")
+    """hub.find, but those of this repository are whole LLaVAs and no parts."""
+    if name in hub.OWN:
+        raise ValueError(f"{option} {name}: {name} is a whole LLaVA; give a part of one")
     return hub.find(name)
 
 

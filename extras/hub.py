@@ -1,4 +1,4 @@
-"""From a name to a folder: "tiny", a folder, or a repository of the Hugging Face Hub, which is downloaded once."""
+"""From a name to a folder: tiny, small, a folder, or a repository of the Hugging Face Hub, which is downloaded once."""
 
 import contextlib
 import json
@@ -17,16 +17,20 @@ CONFIGS = [
     "processor_config.json",
     "tokenizer.json",
 ]
+OWN = {"tiny": "tiny", "small": "small/model"}  # names → where these models are in this repository
 
 
 def find(model, revision=None):
-    """A folder, "tiny" or a Hub id → the folder (pathlib.Path). Of a Hub id all but the weights is downloaded, unless
-    the Hub's cache has it: `complete` fetches these, once the rest has been looked at.
+    """A folder, "tiny", "small" or a Hub id → the folder (pathlib.Path). Of a Hub id all but the weights is downloaded,
+    unless the Hub's cache has it: `complete` fetches these, once the rest has been looked at.
 
     Raises OSError with a finished sentence.
     """
-    if model == "tiny":
-        return Path(__file__).resolve().parent.parent / "tiny"
+    if model in OWN:
+        folder = Path(__file__).resolve().parent.parent / OWN[model]
+        if not folder.is_dir():
+            raise OSError(f"{model} is not put together yet: python {model}/{model}.py --make")
+        return folder
     if Path(model).is_dir():
         return Path(model)
     if Path(model).is_file():
@@ -53,7 +57,7 @@ def complete(model, folder, fits=lambda size: None):
     fits: called with the size of the files in bytes, None if the Hub does not tell it, before anything is downloaded:
     it raises what keeps the model from being used here. Raises ValueError or OSError with a finished sentence.
     """
-    if model != "tiny" and not Path(model).is_dir():
+    if model not in OWN and not Path(model).is_dir():
         sharded = not (folder / SINGLE).exists() and (folder / INDEX).exists()
         download(model, folder, [file.name for file in checks.shards(folder)] if sharded else [SINGLE], fits)
     checks.shards(folder)

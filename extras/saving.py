@@ -66,6 +66,8 @@ def json_files(config, preprocess_config, dtype):
     for name in family.OURS:  # what a class does not have does not stand in its files
         if values[name] is None:
             del values[name]
+    if config.projector_layernorm_eps is not None:  # ViP-LLaVA's layers, by the name that transformers 4 has for them
+        values["vision_feature_layers"] = values["vision_feature_layer"]
     text, tower = values["text_config"], values["vision_config"]
     del text["qkv_bias"], tower["class_token"], tower["first_norm"], tower["patch_bias"]
     numbers = text.pop("rope_scaling")

@@ -20,10 +20,12 @@ RENAMINGS = {  # layout → from the beginning of a published name to its own; t
     "B": {  # transformers 4.52 to 4.57 in memory
         "language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
         "vision_tower.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
+        "image_newline": "model.image_newline",
     },
     "C": {  # transformers 5 in memory
         "language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head.",
         "vision_tower.vision_model.": "model.vision_tower.", "multi_modal_projector.": "model.multi_modal_projector.",
+        "image_newline": "model.image_newline",
     },
     "D": {"vision_tower.vision_model.": "vision_tower.", "": ""},  # saved by transformers 5
     "E": {  # the authors' own
@@ -31,6 +33,7 @@ RENAMINGS = {  # layout → from the beginning of a published name to its own; t
         "vision_tower.": "model.vision_tower.vision_tower.",
         "multi_modal_projector.linear_1.": "model.mm_projector.0.",
         "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "image_newline": "model.image_newline",
     },
 }  # fmt: skip
 

@@ -34,16 +34,21 @@ def table(head):
 
 
 def authors(name):
-    """A published name, or one that .weight and .bias are still to follow, as the authors spell it."""
-    return rename(f"{name}.", "E").removesuffix(".")
+    """A published name, or one that .weight and .bias are still to follow, as the authors of LLaVA spell it."""
+    try:
+        return f"`{rename(f'{name}.', 'E').removesuffix('.')}`"
+    except KeyError:
+        return "–"  # of a checkpoint by others
 
 
 def test_the_names_are_those_of_the_code():
     """The authors' are spelt by checkpoints.py, which the tests of loading are built on."""
-    right = [[f"`{theirs}`", f"`{ours}`", f"`{authors(theirs)}`"] for theirs, ours in weights.PUBLISHED]
+    right = [[f"`{theirs}`", f"`{ours}`", authors(theirs)] for theirs, ours in weights.PUBLISHED]
     assert table("published | ours | the authors'") == right
     assert len(right) > 25
     for _, ours, theirs in right:
+        if theirs == "–":
+            continue
         end = "" if ours.strip("`") in dict(weights.NAMES).values() else ".bias"
         found = weights.our_name(theirs.strip("`").replace("{i}", "11") + end)
         assert found == ours.strip("`").replace("{i}", "11") + end

@@ -34,6 +34,14 @@ def test_tiny_is_found_from_any_folder(tmp_path, monkeypatch):
     assert extras.hub.find("tiny") == TINY
 
 
+def test_small_is_found_once_it_is_put_together(tmp_path, monkeypatch):
+    monkeypatch.setitem(extras.hub.OWN, "small", str(tmp_path / "model"))
+    with pytest.raises(OSError, match=r"^small is not put together yet: python small/small\.py --make$"):
+        extras.hub.find("small")
+    (tmp_path / "model").mkdir()
+    assert extras.hub.find("small") == tmp_path / "model"
+
+
 NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
 LURES = {  # what a repository also holds, and nobody needs
     "README.md": b"# A model", ".gitattributes": b"", "pytorch_model.bin": b"pickled", "training_args.bin": b"pickled",
