@@ -423,8 +423,8 @@ class Processor:
             config.eos_token_id = [*config.eos_token_ids, self.eos_id]
         self.image_token = tokenizer.spelling.get(self.image_id)  # <image> in nearly all
         if self.image_token is None or tokenizer.id("<image>") not in (None, self.image_id):
-            named = f"tokenizer.json gives <image> the id {tokenizer.id('<image>')}"
-            raise ValueError(f"{named}, config.json {self.image_id}")
+            its_id = tokenizer.id("<image>")
+            raise ValueError(f"tokenizer.json gives <image> the id {its_id}, config.json {self.image_id}")
 
     def __call__(self, text, images=None, pad=None):
         """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and pixel_values.
@@ -472,6 +472,8 @@ class Processor:
                 raise ValueError(
                     f"{name} holds {tokens} {self.image_token} and {len(given)} pictures were given: one for each"
                 )
+        if any(self.config.video_token_index in row for row in rows):
+            raise ValueError("the prompt holds the token of a video: only pictures are seen here")
         images = [image for _, given in groups for image in given]
         rows = [torch.tensor(row, dtype=torch.int64) for row in rows]
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")

@@ -21,7 +21,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import other_formats
+from extras import anyres, other_formats
 from extras.family import clean
 from extras.intake import open_image  # noqa: F401 (for llava.load)
 
@@ -143,6 +143,7 @@ FIELDS = {  # of every config: its types, and the bounds that no real checkpoint
     "intermediate_size": ((int,), 1, MOST),
     "max_position_embeddings": ((int,), 1, MOST),
     "sliding_window": ((int,), 1, MOST),
+    "original_max_position_embeddings": ((int,), 1, MOST),
     "num_hidden_layers": ((int,), 1, 256),
     "num_attention_heads": ((int,), 1, 4096),
     "num_key_value_heads": ((int,), 1, 4096),
@@ -152,13 +153,21 @@ FIELDS = {  # of every config: its types, and the bounds that no real checkpoint
     "patch_size": ((int,), 1, 4096),
     "rms_norm_eps": ((float,), 1e-30, 1.0),
     "layer_norm_eps": ((float,), 1e-30, 1.0),
+    "projector_layernorm_eps": ((float,), 1e-30, 1.0),
     "rope_theta": ((float,), 1e-30, MOST),
+    "factor": ((float,), 1e-30, MOST),
+    "low_freq_factor": ((float,), 1e-30, MOST),
+    "high_freq_factor": ((float,), 1e-30, MOST),
     "rescale_factor": ((float,), 1e-30, MOST),
     "image_token_index": ((int,), -MOST, MOST),
+    "video_token_index": ((int,), -MOST, MOST),
     "pad_token_id": ((int,), -MOST, MOST),
     "bos_token_id": ((int,), -MOST, MOST),
     "eos_token_id": ((int, list), -MOST, MOST),
     "vision_feature_layer": ((int, list), -256, 256),
+    "vision_feature_layers": ((list,), -256, 256),
+    "vision_aspect_ratio": ((str,), None, None),
+    "use_sliding_window": ((bool,), None, None),
     "resample": ((int,), 0, 5),
     "image_mean": ((list,), -MOST, MOST),
     "image_std": ((list,), 1e-30, MOST),
@@ -281,10 +290,27 @@ def sizes(folder):
         raise ValueError(f"{where}: vision_feature_layer is {layers}, and the tower has {most} layers")
     if (strategy := config.vision_feature_select_strategy) not in ("default", "full"):
         raise ValueError(f"{where}: vision_feature_select_strategy is {strategy!r}, and must be 'default' or 'full'")
+    if text.rope_scaling is not None and text.rope_scaling[1] >= text.rope_scaling[2]:
+        raise ValueError(f"{where}: text_config.rope_scaling: high_freq_factor must be above low_freq_factor")
     pictures = weights.read_preprocess_config(folder, vision.PreprocessConfig, tower)
+    tiles(config, strategy, pictures, where)
     if not len(pictures.image_mean) == len(pictures.image_std) == 3:
         file = folder / ("processor_config.json" if has_nested(folder) else "preprocessor_config.json")
         raise ValueError(f"{file}: image_mean and image_std must have 3 numbers")
+
+
+def tiles(config, strategy, pictures, where):
+    """Check how pictures are cut into tiles, if they are: in config.json as in the file for the preprocessing."""
+    try:
+        plan = anyres.plan(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    right = "default" if config.vision_config.class_token else "full"
+    if plan is not None and strategy != right:
+        why = f"vision_feature_select_strategy is {strategy!r}: what this tower sees fills a square only with {right!r}"
+        raise ValueError(f"{where}: {why}")
+    if pictures.image_grid_pinpoints not in (None, config.image_grid_pinpoints):
+        raise ValueError(f"{where}: image_grid_pinpoints are not those of preprocessor_config.json")
 
 
 def shards(folder):

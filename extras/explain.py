@@ -25,10 +25,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import ImageStat
 
-from extras import lens
+from extras import anyres, lens
 
 TEMPLATE = Path(__file__).with_name("explain.html")
 LEVELS = 15  # of light that a patch can have on the page, above none
@@ -117,6 +118,7 @@ class Record:
     def first(self, model, args, kwargs):
         """The pass over the prompt."""
         self.ids, self.kv_cache = args[0], kwargs["kv_cache"]  # Llava.prefill has expanded them
+        self.sizes = kwargs["image_sizes"]
         self.note("ids", self.ids)
         if args[1] is not None:
             self.note("pixels", args[1])
@@ -163,20 +165,42 @@ def table(record):
 
 
 @torch.no_grad()
-def attention_on_pictures(model, ids, kv_cache, said):
+def attention_on_pictures(model, ids, kv_cache, said, cells=None):
     """Read question and answer again → attention on the pictures' patches (L, A, R, N * P), and how many of R are the
-    question's.
+    question's. cells: what cells_of says of pictures whose positions are not their patches.
 
     The last of the question's words chooses the answer's first one, and so on: word i of the answer was chosen at row
     question - 1 + i.
     """
-    columns = lens.image_positions(model, ids).flatten()
+    columns = (ids[0] == model.config.image_token_index).nonzero()[:, 0]
+    if cells is None:
+        columns = lens.image_positions(model, ids).flatten()
     first = int(columns[-1]) + 1
     kv_cache["length"].fill_(first)
     words = torch.cat([ids[0, first:], torch.tensor(said[:-1], dtype=ids.dtype, device=ids.device)])
     out = model(inputs_embeds=model.llama.embed(words[None]), kv_cache=kv_cache, output_attentions=True)
     weights = torch.stack([layer[0, :, :, columns].float().cpu() for layer in out.attentions])  # (L, A, R, N * P)
-    return weights, ids.shape[1] - first
+    return weights if cells is None else weights @ cells, ids.shape[1] - first
+
+
+def cells_of(model, record, images):
+    """How many cells the page has along a side of a picture, and a matrix from the positions of all pictures to those
+    cells, (positions, N * P); None where the positions are the cells.
+
+    A picture in tiles is seen twice, as a whole and in parts: a cell has what both of them got, by area.
+    """
+    grid, parts = model.vision.grid, []
+    if model.image_newline is None:
+        (count,) = model.feature_counts(range(1))
+        missing = grid**2 - count  # the first patch, where "default" leaves it out of a tower without a class token
+        return grid, torch.block_diag(*[torch.eye(grid**2)[missing:]] * len(images)) if missing > 0 else None
+    grid, plan = 2 * grid, anyres.plan(model.config)
+    alone = anyres.lone(record.ids, model.config.image_token_index, record.sizes, plan)
+    for image, (height, width), single in zip(images, record.sizes.tolist(), alone, strict=True):
+        margin = (width - image.width) // 2, (height - image.height) // 2  # what --pad put around it
+        boxes = lens.tile_boxes(height, width, plan, single) - np.tile(margin, 2)
+        parts.append(lens.onto_grid(boxes, image.width, image.height, grid))
+    return grid, torch.block_diag(*parts)
 
 
 def views(weights, question):
@@ -212,11 +236,12 @@ def page(model, processor, options, images, record, said):
     """The page as a string, with everything in it: the template's marks are replaced, and nothing is fetched."""
     data = {"words": words(processor, record, said), "levels": LEVELS, "views": [], "maps": "", "pictures": []}
     if images:
-        weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said)
+        grid, cells = cells_of(model, record, images)
+        weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said, cells)
         shown = list(views(weights, question))
         data["views"] = [[layer, head, sinks] for layer, head, sinks, _ in shown]
         data["maps"] = encoded(zlib.compress(b"".join(levels(view) for *_, view in shown), 9))
-        data["pictures"] = [picture(image, model, processor, options) for image in images]
+        data["pictures"] = [picture(image, model, processor, options, grid) for image in images]
         share = weights[:, :, question - 1 :].sum(-1).mean((0, 1))
         for word, part in zip(data["words"], share.tolist(), strict=True):
             word["share"] = round(part, 4)
@@ -258,10 +283,12 @@ def written(processor, token):
     return (processor.as_text([token]) or f"id {token}").replace("▁", " ")
 
 
-def picture(image, model, processor, options):
+def picture(image, model, processor, options, grid):
     """A picture for the page: small enough, and the part of it that the model saw, in fractions of its sides."""
-    boxes = lens.patch_boxes(*image.size, model.vision.grid, processor.preprocess_config, options.pad)
-    left, top, right, bottom = (*boxes[0][:2], *boxes[-1][2:])
+    left, top, right, bottom = 0, 0, *image.size
+    if model.image_newline is None:
+        boxes = lens.patch_boxes(*image.size, grid, processor.preprocess_config, options.pad)
+        left, top, right, bottom = (*boxes[0][:2], *boxes[-1][2:])
     small = image.copy()
     small.thumbnail((WIDEST, WIDEST))
     plain = io.BytesIO(), io.BytesIO()
@@ -274,7 +301,7 @@ def picture(image, model, processor, options):
         "width": image.width,
         "height": image.height,
         "seen": [round(float(edge), 6) for edge in seen],
-        "grid": model.vision.grid,
+        "grid": grid,
         "veil": "#000" if ImageStat.Stat(small.convert("L")).mean[0] > DARK else "#fff",
     }
 

@@ -127,8 +127,9 @@ def train(model, processor, rows, rank=0, epochs=20, size=8, rate=None, seed=0):
     """Train the projector, or with a rank above 0 LoRA → (losses before, after), each of (trained on, kept back)."""
     kept, taught = rows[HELD_BACK - 1 :: HELD_BACK], [row for i, row in enumerate(rows, start=1) if i % HELD_BACK]
     for image, question, answer in rows:
-        ids = encoded(processor, [("user", question), ("assistant", answer)])
-        if len(ids) + model.vision.grid**2 > context(model):
+        inputs = batch(processor, [(image, question, answer)])
+        del inputs["labels"]
+        if model.expanded(**inputs)[0].shape[1] > context(model):
             raise ValueError(f"the question about {image} is too long: the model has {context(model)} positions")
     generator = torch.Generator().manual_seed(seed)  # of its own: that of the process is the caller's
     model.requires_grad_(False)

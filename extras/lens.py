@@ -98,10 +98,13 @@ def patched(module, change):
 
 
 def image_positions(model, ids):
-    """Where the patches of each picture stand in one row of expanded ids (1, T) → (N, P). A class token is left out."""
-    patches = model.vision.grid**2
-    extra = int(model.config.vision_feature_select_strategy == "full")
-    return (ids[0] == model.config.image_token_index).nonzero()[:, 0].view(-1, extra + patches)[:, extra:]
+    """Where the patches of each picture stand in one row of expanded ids (1, T) → (N, P). A class token is left out.
+
+    Not of a picture in tiles: there each has a number of its own, and tile_boxes says what each position shows.
+    """
+    (count,) = model.feature_counts(range(1))
+    extra = max(0, count - model.vision.grid**2)
+    return (ids[0] == model.config.image_token_index).nonzero()[:, 0].view(-1, count)[:, extra:]
 
 
 def patch_boxes(width, height, grid, config, pad=None):
@@ -162,6 +165,22 @@ def rectangles(down, across):
     """Spans (rows, 2) and (columns, 2) → rectangles (rows · columns, 4), row by row."""
     rows, columns = np.divmod(np.arange(len(down) * len(across)), max(len(across), 1))
     return np.stack([across[columns, 0], down[rows, 0], across[columns, 1], down[rows, 1]], axis=1)
+
+
+def onto_grid(boxes, width, height, grid):
+    """Which part of each box (M, 4) lies in each cell of a grid over a picture → (M, grid²), fractions of the box.
+
+    boxes: from tile_boxes; of a newline, which shows nothing, all are 0.
+    """
+    lines = np.arange(grid + 1) / grid
+
+    def along(low, high, size):
+        begin, end = np.maximum(low, lines[:-1] * size), np.minimum(high, lines[1:] * size)  # (M, grid)
+        return np.nan_to_num((end - begin).clip(0) / (high - low))
+
+    left, top, right, bottom = boxes.T[:, :, None]
+    parts = along(top, bottom, height)[:, :, None] * along(left, right, width)[:, None]
+    return torch.from_numpy(parts.reshape(len(boxes), -1)).float()
 
 
 def without_sinks(weights):

@@ -105,7 +105,8 @@ def check_prompt(model, processor, options, pieces, inputs, past=0):
 
 def context(model):
     """How many positions a conversation may take: the trained length, capped so that the cache stays small enough."""
-    return min(model.config.text_config.max_position_embeddings, 8192)
+    most = 8192 if model.image_newline is None else 16384  # a single picture in tiles may take 8765
+    return min(model.config.text_config.max_position_embeddings, most)
 
 
 # ----------------------------------------------------------------------------------------------------------------

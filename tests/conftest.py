@@ -8,9 +8,10 @@ from reference import EDGE, FAMILIES, PAD, load_reference, make_checkpoint
 
 import llava
 
-pytest.register_assert_rewrite("checkpoints", "examples", "forks", "inputs", "pictures", "talkers")
+pytest.register_assert_rewrite("checkpoints", "examples", "forks", "inputs", "line", "pictures", "talkers")
 from checkpoints import Checkpoint  # noqa: E402
 from inputs import PROMPTS  # noqa: E402
+from line import Made  # noqa: E402
 
 torch.set_num_threads(1)  # the models of these tests are so small that threads only wait for one another
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,12 @@ signal.signal(
 def checkpoints(tmp_path_factory):
     """family → the folder of a random checkpoint in the published layout, float32."""
     return {family: make_checkpoint(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The line of LLaVAs: made.folder(name), made.pair(name)."""
+    return Made(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,18 @@ in a checkpoint with its initial values one that is left out would not be notice
 """
 
 import json
-import shutil
 from pathlib import Path
 
+import numpy as np
+import pytest
 import tokenizers
 import torch
 import transformers
+from PIL import Image
 from reference import EDGE, PAD, PATCH, PREPROCESSOR, TINY, published_names
 from safetensors.torch import save_file
+
+import llava
 
 GRIDS = [[EDGE, 2 * EDGE], [2 * EDGE, EDGE], [2 * EDGE, 2 * EDGE], [3 * EDGE, EDGE], [EDGE, 3 * EDGE]]
 FINE = [[EDGE * high, EDGE * wide] for high in range(1, 7) for wide in range(1, 7)]
@@ -66,9 +70,17 @@ LINE = {  # name → class, tower, text, the rest of the config, tokens, preproc
     "next-mistral": (NEXT_CLASS, CLIP, {**MISTRAL, "sliding_window": None}, {"image_grid_pinpoints": GRIDS}, [], NEXT),
     "next-qwen": (NEXT_CLASS, CLIP, QWEN2, {"image_grid_pinpoints": GRIDS}, CHATML, NEXT),
     "onevision": (ONE, SIGLIP, {**QWEN2, "tie_word_embeddings": True},
-                  {"image_grid_pinpoints": FINE, "video_token_index": 3}, CHATML, ONEVISION),
+                  {"image_grid_pinpoints": FINE}, [*CHATML, "<video>"], ONEVISION),
 }  # fmt: skip
 TILED = ("next-vicuna", "next-mistral", "next-qwen", "onevision")
+
+
+QUICK = ("interleave", "joycaption", "vipllava", "next-mistral", "onevision")  # each mechanism once; the rest is slow
+
+
+def params(quick=QUICK):
+    """The names, for parametrize."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in LINE]
 
 
 def write_tokenizer(folder, tokens, image="<image>", bos=True):
@@ -111,6 +123,8 @@ def make(folder, name, seed=0, dtype=torch.float32, text=None, tower=None, **top
     vocabulary = -(-tokenizer.get_vocab_size() // 64) * 64
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": PAD}
     language = {**language, "vocab_size": vocabulary, **ends, **(text or {})}
+    if "<video>" in tokens:
+        rest = {**rest, "video_token_index": tokenizer.token_to_id("<video>")}
     config = getattr(transformers, f"{kind}Config")(
         vision_config={**vision, **(tower or {})}, text_config=language, image_token_index=image, **{**rest, **top}
     )
@@ -130,6 +144,12 @@ def make(folder, name, seed=0, dtype=torch.float32, text=None, tower=None, **top
     return folder
 
 
+def photo(height, width, seed=0):
+    """A picture of noise: any pixel in another place shows."""
+    drawn = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(drawn)
+
+
 def reference(folder, dtype=torch.float64):
     """The oracle on a checkpoint."""
     name = json.loads((Path(folder) / "config.json").read_text())["architectures"][0]
@@ -137,5 +157,21 @@ def reference(folder, dtype=torch.float64):
     return cls.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def copy(folder, to):
-    return Path(shutil.copytree(folder, to))
+class Made:
+    """The checkpoints of a session, each made when it is asked for."""
+
+    def __init__(self, factory):
+        self.factory, self.folders, self.pairs = factory, {}, {}
+
+    def folder(self, name):
+        if name not in self.folders:
+            self.folders[name] = make(self.factory.mktemp(name), name)
+        return self.folders[name]
+
+    def pair(self, name):
+        """(our model, our processor, the reference), in float64."""
+        if name not in self.pairs:
+            folder = self.folder(name)
+            ours = llava.load(str(folder), device="cpu", dtype=torch.float64)
+            self.pairs[name] = (*ours, reference(folder))
+        return self.pairs[name]

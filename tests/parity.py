@@ -55,7 +55,8 @@ def ours(model, processor, image, gradients=True, pad=None, question=QUESTION):
             own = anyres.plan(model.config)
             rows = ~torch.from_numpy(lens.tile_boxes(image.height, image.width, own)).isnan()[:, 0]
             (features,) = out.image_hidden_states
-            stages |= {"sizes": inputs["image_sizes"], "packed": features[rows.to(features.device)], "newline": features}
+            packed = features[rows.to(features.device)]
+            stages |= {"sizes": inputs["image_sizes"], "packed": packed, "newline": features}
         stages["merge"] = out.hidden_states[0]
         stages |= {f"llama.{i}": state for i, state in enumerate(out.hidden_states[1:], start=1)}
         stages["logits"] = out.logits

@@ -111,9 +111,7 @@ def test_a_later_turn_continues_the_string(tmp_path, case):
 def test_a_systems_words_take_the_place_of_the_opening(tmp_path):
     processor, _ = processor_of(tmp_path, ("llava_next", "qwen2", tuple(CHATML)))
     text = processor.as_text(processor.pieces([("system", "Be brief."), ("user", "Q")], 0))
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n")
     processor, _ = processor_of(tmp_path, ("vipllava", "llama", ()))
     assert processor.as_text(processor.pieces([("system", "S"), ("user", "Q")], 0)) == "S###Human: Q###Assistant:"
 

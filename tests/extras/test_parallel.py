@@ -78,6 +78,30 @@ def test_each_process_reads_its_own_part_of_a_matrix(checkpoints, monkeypatch, d
     assert torch.equal(own, expected.double()) and torch.equal(layer.w, own)
 
 
+def test_each_process_has_its_own_part_of_a_bias(monkeypatch):
+    """Qwen2 has biases where matrices are split by rows. The processes' outputs side by side are the whole one's."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    whole, x, parts = torch.nn.Linear(6, 8, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64), []
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        layer = parallel.SplitLinear(6, 8, torch.float64, 0, bias=True)
+        layer.take_weight(whole.weight, "cpu")
+        layer.load_state_dict({"w": layer.w, "bias": whole.bias}, assign=True)
+        parts.append(layer(x))
+    torch.testing.assert_close(torch.cat(parts, dim=-1), whole(x))
+
+
+@pytest.mark.slow
+def test_qwen2_in_two_processes_gives_the_logits_of_one(made, tmp_path):
+    torchrun(__file__, made.folder("interleave"), tmp_path)
+    answer(str(made.folder("interleave")), tmp_path)
+    whole = load_file(tmp_path / "whole.safetensors")
+    for rank in range(2):
+        part = load_file(tmp_path / f"{rank}.safetensors")
+        torch.testing.assert_close(part["logits"], whole["logits"], rtol=1e-10, atol=1e-10)
+        assert torch.equal(part["ids"], whole["ids"]) and torch.equal(part["beams"], whole["beams"])
+
+
 @pytest.mark.slow
 def test_the_command_line_speaks_with_one_voice():
     command = ["--model", "tiny", "--image", "tiny/scene.png", "--device", "cpu"]
