@@ -191,7 +191,7 @@ def test_first_screen():
                    "pytorch.org/get-started", r"`.venv\Scripts\python`", "run it in the clone"):  # fmt: skip
         assert needed in flat(first), needed
     assert first.count("\n- **") >= 5 and "\n## How to cite\n" in readme
-    assert len(readme.splitlines()) <= 300  # 260 with papers, map and drawing; and the tables of later LLaVAs, of proofs
+    assert len(readme.splitlines()) <= 300  # 260 with papers, map, drawing; and the tables of later LLaVAs, of proofs
 
 
 def test_ci_runs_the_commands_of_the_first_screen():
