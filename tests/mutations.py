@@ -57,7 +57,9 @@ def ours(path):
 
 
 def start(folder, tests):
-    """Run tests in a fork, in the given repository, until the first fails → the fork's process id."""
+    """Run tests in a fork, in the given repository, until the first fails → the fork's process id. A whole file runs
+    without its slow tests; one that is named by itself, file.py::test, may be slow.
+    """
     child = os.fork()
     if child:
         return child
@@ -81,7 +83,8 @@ def start(folder, tests):
                 elif report.skipped and UNTESTED in str(report.longrepr):
                     (folder / "skipped").touch()
 
-        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[Note()]))
+        slow_too = ["-m", ""] if all("::" in test for test in tests) else []
+        status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *slow_too, *tests], plugins=[Note()]))
     except BaseException:
         traceback.print_exc()
     finally:

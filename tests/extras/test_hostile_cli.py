@@ -350,12 +350,14 @@ llama.check_sampling = lambda *options: kept.append(b"x" * ({} << 20)) or check_
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [0, MEGABYTES])
 def test_the_memory_of_a_case_is_counted(run, base, megabytes):
     found = run(*brief(base, "--prompt", "Hi"), prepare=KEPT.format(megabytes))
     assert found.status == 0 and (found.added > MEGABYTES) == (megabytes > 0)
 
 
+@pytest.mark.slow
 def test_standard_streams_that_are_closed(run, base):
     usual = run(*brief(base, "--prompt", "Hi"))
     assert usual.status == 0 and usual.out
@@ -375,6 +377,7 @@ def test_an_answer_that_cannot_be_written(run, base):
     is_orderly(run(*brief(base, "--prompt", "Hi"), prepare=full), 2, "error: No space left on device")
 
 
+@pytest.mark.slow
 def test_a_megabyte_through_a_pipe(run, base):
     found = run(*brief(base, "--chat"), given=b"a" * 10**6 + b"\n" + "猫".encode() * 10**5 + b"\nHi\n")
     assert found.status == 0 and found.added < MEGABYTES
@@ -385,6 +388,7 @@ def test_a_megabyte_through_a_pipe(run, base):
     assert found.out.startswith("\n\n") and len(found.out) > 3  # the third question is answered
 
 
+@pytest.mark.slow
 def test_a_conversation_of_fifty_turns_and_past_the_end_of_the_context(run, base):
     """A question that does not fit any more is refused with both numbers,
     and says what to do; nothing is dropped silently.
@@ -399,6 +403,7 @@ def test_a_conversation_of_fifty_turns_and_past_the_end_of_the_context(run, base
     assert all(int(wanted) > 512 >= int(held) > 450 for wanted, held in refused)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_fills_the_context_exactly_and_one_more(run, base):
     processor = llava.load(base, device="cpu")[1]
     words = "x"
@@ -436,6 +441,7 @@ def interrupted(moment):
         return process.wait(60), process.stderr.read().decode()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="/proc is Linux's")
 @pytest.mark.parametrize("library", ["libtorch_cpu", "_C.cpython", "_imaging.cpython"])
 def test_ctrl_c_while_torch_is_imported(library):
@@ -451,6 +457,7 @@ llama.check_sampling = lambda *args: os.kill(os.getpid(), signal.SIGINT) or chec
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler, status", [("SIG_IGN", 0), ("default_int_handler", 130)], ids=["ignored", "usual"])
 def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(run, base, handler, status):
     """As a shell starts it there: Ctrl-C is for the others."""
@@ -470,6 +477,7 @@ def test_ctrl_c_at_any_moment():
         assert (status, err) == (130, "") or (status in (0, 130, -signal.SIGINT) and err.startswith("notice: tiny"))
 
 
+@pytest.mark.slow
 def test_the_same_seed_in_two_processes(capsys):
     """A process with hashes of its own, and this one twice."""
     arguments = ["--prompt", "Hi", "--temperature", "8", "--seed", "5", "--max-new-tokens", "12"]

@@ -309,6 +309,7 @@ def contents(folder):
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_model_is_downloaded_once_and_then_needs_no_network(hub, nursery, ask, files, checkpoints, tmp_path):
     hub.add("team/model", files)
     expected = ["ok", contents(checkpoints["llama"])]
@@ -344,6 +345,7 @@ def test_a_model_is_downloaded_once_and_then_needs_no_network(hub, nursery, ask,
     )
 
 
+@pytest.mark.slow
 def test_revisions(hub, ask, files, checkpoints, tmp_path):
     old = {
         **files,
@@ -399,6 +401,7 @@ def test_what_the_hub_refuses_is_said_in_one_sentence(hub, ask, files, tmp_path)
     assert downloaded(tmp_path) == set()
 
 
+@pytest.mark.slow
 def test_sharded_and_odd_repositories(hub, ask, files, checkpoints, tmp_path):
     shards = Checkpoint(checkpoints["llama"], tmp_path / "sharded").write("B", 3)
     with_index = {file: data for file, data in files.items() if file != "model.safetensors"}
@@ -454,6 +457,7 @@ LARGE = {
 PIECE, HALF = 10 * 2**20, 12_000_000
 
 
+@pytest.mark.slow
 def test_a_broken_line_is_mended_within_the_call(hub, ask, tmp_path):
     hub.add("team/model", LARGE)
     hub.cut = HALF, 2
@@ -464,6 +468,7 @@ def test_a_broken_line_is_mended_within_the_call(hub, ask, tmp_path):
     assert [asked for _, path, asked in hub.log if "/cdn/" in path][:2] == [None, f"bytes={PIECE}-"]
 
 
+@pytest.mark.slow
 def test_a_download_that_was_stopped_goes_on_where_it_stopped(hub, nursery, ask, tmp_path):
     """First the user presses Ctrl-C, then the Hub goes away, and then all is well."""
     hub.add("team/model", LARGE)
@@ -519,6 +524,7 @@ def until(condition, seconds=200):
     raise TimeoutError
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_on_one_cache(hub, ask, files, checkpoints, tmp_path):
     """Each has the whole of it, and the weights were sent once: the other waited for them."""
     hub.add("a/b", files)
@@ -543,6 +549,7 @@ def changed(files, name, **values):
     return {**files, name: json.dumps(json.loads(files[name]) | values).encode()}
 
 
+@pytest.mark.slow
 def test_a_repository_that_its_small_files_rule_out_costs_not_a_byte_of_weights(hub, ask, files, checkpoints, tmp_path):
     without = {name: data for name, data in files.items() if name != "preprocessor_config.json"}
     shards = Path(Checkpoint(checkpoints["llama"], tmp_path / "sharded").write("B", 3))
@@ -595,6 +602,7 @@ def test_what_is_downloaded_is_said_once_with_its_size(hub, nursery, ask, files,
         assert [line for line in nursery.stderr.read_text().splitlines() if "notice" in line] == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_weights_lie_on_the_disk_once(hub, ask, files, checkpoints, tmp_path, links):
     """Also where files cannot be linked to, as on Windows."""
@@ -618,6 +626,7 @@ def test_weights_lie_on_the_disk_once(hub, ask, files, checkpoints, tmp_path, li
     assert ask(hub, home, ("load", "team/model"), offline=True, **settings) == said[:1]
 
 
+@pytest.mark.slow
 def test_two_processes_without_links(hub, ask, files, checkpoints, tmp_path):
     hub.add("a/b", files)
     kind, (found, status) = ask(hub, tmp_path, ("both", "a/b"), HF_HUB_DISABLE_SYMLINKS="1")[0]
@@ -635,6 +644,7 @@ def test_a_mirror_that_drops_a_header_is_named_in_one_line(hub, ask, files, tmp_
     assert hub.served == 0
 
 
+@pytest.mark.slow
 def test_a_mirror_without_sizes_will_do(hub, nursery, ask, files, checkpoints, tmp_path):
     hub.add("team/model", files)
     hub.dropped = {"X-Linked-Size", "Accept-Ranges"}

@@ -162,6 +162,7 @@ def test_patching_the_projector_moves_the_answer_to_another_picture(tiny, scene)
     assert torch.equal(model.generate(**asked(processor, scene), max_new_tokens=60), here)
 
 
+@pytest.mark.slow
 def test_occlusion_finds_the_thing_asked_about(tiny):
     """One red circle at the top left of a plain picture: covering it costs the answer most,
     covering the rest next to nothing.

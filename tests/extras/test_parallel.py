@@ -33,6 +33,7 @@ def answer(folder, out):
     Path(f"{out}/{rank}.json").write_text(json.dumps(about))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_logits_of_one(checkpoints, family, tmp_path):
     torchrun(__file__, checkpoints[family], tmp_path)
     answer(str(checkpoints[family]), tmp_path)

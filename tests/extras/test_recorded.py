@@ -105,6 +105,7 @@ def of_length(processor, length, rows=1):
     return {"input_ids": ids.repeat(rows, 1)}
 
 
+@pytest.mark.slow
 def test_a_window_is_recorded_once_whatever_the_lengths_of_prompts(compiled):
     fast, plain, processor, recordings = compiled
     met = set()
@@ -118,6 +119,7 @@ def test_a_window_is_recorded_once_whatever_the_lengths_of_prompts(compiled):
     assert len(met) > 5
 
 
+@pytest.mark.slow
 def test_a_long_talk_is_recorded_to_its_end(compiled):
     """torch stops compiling a function after eight shapes."""
     fast, plain, processor, recordings = compiled
@@ -133,6 +135,7 @@ def test_a_long_talk_is_recorded_to_its_end(compiled):
     assert recordings() == math.ceil(205 / 16) == 13
 
 
+@pytest.mark.slow
 def test_each_size_of_a_batch_is_recorded_to_the_last(compiled):
     fast, plain, processor, recordings = compiled
     for rows in range(1, 11):
