@@ -65,23 +65,17 @@ def test_a_quantised_layer_is_the_product_with_what_it_stands_for(scheme, shape)
     matrix = written_out(layer, torch.float64)
     torch.testing.assert_close(layer(x), F.linear(x, matrix), rtol=1e-12, atol=1e-12)
     # and what it stands for is the nearest that its grid has
-    error = matrix - weight
-    if scheme == "int8":
-        assert (error.abs() <= layer.scale[: shape[0], None] * 0.5001 + 1e-6).all()
-        return
-    q, steps = four_bits(layer), layer.scale[..., 0].T.repeat_interleave(32, 1)[: shape[0], : shape[1]]
-    beyond = ((q == 0) & (error > 0)) | ((q == 15) & (error < 0))  # an end of a group may lie outside of the grid
-    assert (beyond | (error.abs() <= steps * 0.5001 + 1e-6)).all() and error.abs().max() <= 1.5 * steps.max() + 1e-6
+    steps = layer.scale[:, None] if scheme == "int8" else layer.scale[..., 0].T.repeat_interleave(32, 1)
+    assert ((matrix - weight).abs() <= steps[: shape[0], : shape[1]] * 0.5001 + 1e-6).all()
 
 
-def test_four_bits_are_spent_on_the_middle_of_a_group():
-    """Beside the grid from the least to the greatest of each group, which is what rounds the ends exactly."""
-    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)) * 0.02
+def test_the_two_ends_of_a_group_are_kept():
+    """They are the numbers that count."""
+    weight = torch.randn(64, 128)
+    error = (written_out(quantized("int4", weight), torch.float32) - weight).unflatten(1, (-1, 32))
     groups = weight.unflatten(1, (-1, 32))
-    low, high = groups.aminmax(dim=2, keepdim=True)
-    ends = (((groups - low) / (high - low) * 15).round() / 15 * (high - low) + low).flatten(1)
-    error = (written_out(quantized("int4", weight, torch.bfloat16), torch.float32) - weight).square().mean()
-    assert error < 0.9 * (ends - weight).square().mean()
+    for places in (groups.argmin(2, keepdim=True), groups.argmax(2, keepdim=True)):
+        assert error.gather(2, places).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -205,7 +199,7 @@ def test_loading_quantises_the_linear_layers_of_the_language_model_and_nothing_e
         again = quantized("int8" if name == "llama.head.weight" else scheme, kept[name])
         assert torch.equal(layer.q, again.q) and torch.equal(layer.scale, again.scale)
     inputs = processor("USER: hello ASSISTANT:")
-    close = {"int8": 0.999, "int4": 0.97}[scheme]
+    close = {"int8": 0.999, "int4": 0.95}[scheme]
     a, b = model(**inputs).logits.flatten(), plain(**inputs).logits.flatten()
     assert close < F.cosine_similarity(a, b, dim=0) < 1
 
@@ -350,7 +344,7 @@ def test_the_memory_is_counted_as_it_will_be():
     quantize.quantize_layers(model.llama, "int4", torch.bfloat16)
     assert weights.is_tied(model) is False
     layers = sum(buffer.nbytes for buffer in model.buffers())
-    assert 0.61 < layers / (7e9 - 0.5e9) < 0.64  # bytes for each parameter of the language model's layers
+    assert 0.61 < layers / (7e9 - 0.5e9) < 0.66  # bytes for each parameter of the language model's layers
 
 
 # ----------------------------------------------------------------------------------------------------------------
