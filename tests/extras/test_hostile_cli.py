@@ -251,7 +251,7 @@ CHECKPOINTS = {  # case: (a folder made from a good one, exit status, what stder
         lambda b, t: configured(b, t, text_config={"hidden_act": "relu"}), 2, "hidden_act is 'relu'"),
     "positions that are scaled": (
         lambda b, t: configured(b, t, text_config={"rope_scaling": {"type": "yarn"}}), 2,
-        "text_config.rope_scaling is set"),
+        "text_config.rope_scaling is 'yarn'"),
     "an unknown field": (lambda b, t: configured(b, t, wholly_new="x" * 10**6), 2, "the field wholly_new"),
     "a pad id outside the vocabulary, or an end": (
         lambda b, t: with_file(b, t, "generation_config.json", b'{"eos_token_id": 2, "pad_token_id": 640}'), 2,

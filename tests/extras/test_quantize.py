@@ -205,7 +205,7 @@ def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answe
         a, b = model(**inputs).logits.float(), plain(**inputs).logits.float()
     torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.std().item())
     assert model.generate(**inputs, max_new_tokens=4).shape == (1, 4)
-    with pytest.raises(ValueError, match="packed model cannot be saved"):
+    with pytest.raises(ValueError, match="packed or split model cannot be saved"):
         llava.save(model, processor, tmp_path / "new")
     with pytest.raises(ValueError, match="packed model cannot be resized"):
         model.resize_token_embeddings(700)

@@ -221,7 +221,8 @@ def ours_of(config, **top):
 
     def fields(cls, source):
         names = [field for field in cls.__dataclass_fields__ if hasattr(source, field)]
-        return cls(**{name: getattr(source, name) for name in names if name not in ("vision_config", "text_config")})
+        other = ("vision_config", "text_config", "rope_scaling")  # the last one is not in the form that it has there
+        return cls(**{name: getattr(source, name) for name in names if name not in other})
 
     result = fields(llava.LlavaConfig, config)
     result.vision_config = fields(llava.vision.VisionConfig, config.vision_config)

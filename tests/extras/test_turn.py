@@ -186,7 +186,7 @@ def test_a_later_turn_has_the_ids_of_the_whole_conversation(tmp_path, rules):
     later = turn.Conversation([2], {"length": torch.tensor(9)})
     for asked in ("USER: And? ASSISTANT:", " x", "", "\n"):
         whole = reference(f"USER: Hi ASSISTANT: Yes. </s>{asked}").input_ids
-        found = turn.following(tokenizer, later, [asked])
+        found = turn.following(tokenizer, later, [2, asked])
         if 2 in whole:
             assert found == whole[whole.index(2) :]
         else:  # by its flags it is letters in the written form, and the model has said it all the same
