@@ -1,10 +1,13 @@
 """The line of LLaVAs: a small random checkpoint of each kind in the published layout, made by transformers, the oracle.
 
+    python tests/line.py        how far ours is from it, kind by kind
+
 Every number is random, also those that transformers begins at 0 or 1 (biases of queries and keys, the newline, norms):
 in a checkpoint with its initial values one that is left out would not be noticed.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from PIL import Image
 from reference import EDGE, PAD, PATCH, PREPROCESSOR, TINY, published_names
 from safetensors.torch import save_file
 
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
 
 GRIDS = [[EDGE, 2 * EDGE], [2 * EDGE, EDGE], [2 * EDGE, 2 * EDGE], [3 * EDGE, EDGE], [EDGE, 3 * EDGE]]
@@ -175,3 +179,58 @@ class Made:
             ours = llava.load(str(folder), device="cpu", dtype=torch.float64)
             self.pairs[name] = (*ours, reference(folder))
         return self.pairs[name]
+
+
+def table(names=tuple(LINE)):
+    """Print, for each kind, the worst relative error beside transformers in float64, and what has to be equal."""
+    import tempfile
+
+    import parity
+
+    heads = ("pixels", "tower", "features", "decoder", "logits", "attention", "loss", "gradients", "tokens", "beams",
+             "cached", "batch", "int8")  # fmt: skip
+    print("  ".join([f"{'kind':<13}", *(f"{head:>9}" for head in heads)]))
+    for name in names:
+        folder = make(tempfile.mkdtemp(), name)
+        model, processor = llava.load(str(folder), device="cpu", dtype=torch.float64)
+        theirs = reference(folder)
+        image, prompt = photo(40, 61), processor.prompt(parity.QUESTION)
+        ours = parity.ours(model, processor, image)
+        other = parity.theirs(theirs, folder, model.config, processor.preprocess_config, prompt, image)
+        worst = dict.fromkeys(heads, 0.0)
+        of = {
+            "vision": "tower",
+            "projector": "features",
+            "packed": "features",
+            "newline": "features",
+            "llama": "decoder",
+            "merge": "decoder",
+            "gradient": "gradients",
+            "sizes": "pixels",
+            "ids": "pixels",
+        }
+        for stage, _, relative, _, _ in parity.compare(ours, other, torch.float64):
+            head = stage.split(".")[0]
+            worst[of.get(head, head)] = max(worst[of.get(head, head)], relative)
+        inputs = processor.chat([("user", parity.QUESTION)], [image])
+        cache = model.init_kv_cache(1, 900)
+        steps = model.generate(**inputs, max_new_tokens=8, kv_cache=cache)
+        ids, _ = model.expanded(**inputs)
+        more = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
+        more["pixel_values"] = more["pixel_values"].double()
+        with torch.no_grad():
+            one = model(input_ids=steps[:, -1:], kv_cache=cache)
+            again = theirs(input_ids=torch.cat([ids, steps], dim=1), **more).logits[:, -1:]
+        worst["cached"] = ((one.logits - again).abs().max() / again.abs().max()).item()
+        both = processor([prompt, prompt[: len(prompt) // 3].replace(processor.image_token, "")], [[image], []])
+        with torch.no_grad():
+            row, alone = model(**both).logits[0], model(**inputs).logits[0]
+            worst["batch"] = ((row[-len(alone) :] - alone).abs().max() / alone.abs().max()).item()
+            small = llava.load(str(folder), device="cpu", dtype=torch.float32, quantize="int8")[0]
+            a, b = small(**inputs).logits.double(), model(**inputs).logits
+            worst["int8"] = ((a - b).norm() / b.norm()).item()
+        print("  ".join([f"{name:<13}", *(f"{worst[head]:9.1e}" for head in heads)]), flush=True)
+
+
+if __name__ == "__main__":
+    table()

@@ -190,7 +190,8 @@ def test_the_kind_of_each_layer_passes_where_it_is_that_of_the_window(checkpoint
     ({"layer_types": "full_attention"}, "layer_types"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, **ROPE}}, "rope_scaling is 'linear'"),
-    ({"rope_parameters": {"rope_type": "dynamic", "factor": 1.0, **ROPE}}, "rope_scaling is 'dynamic'"),  # far out not
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 1.0, **ROPE}},  # far out not
+     "rope_scaling is 'dynamic'"),
 ])  # fmt: skip
 def test_a_value_that_means_something_else_is_refused(copy, text, words):
     assert words in refusal(copy.config(text_config=text).folder)
