@@ -76,7 +76,7 @@ LAYOUTS = [  # other prefixes → the published ones; the first match is replace
 UNUSED = [  # known tensors that the model has no use for, and why
     (r"\.embeddings\.position_ids$", "0, 1, 2, …: written by old versions, a position is its own index"),
     (r"\.rotary_emb\.inv_freq$", "computed from rope_theta"),
-    (r"^(model\.)?vision_tower\.(vision_tower\.)?(vision_model\.)?head\.", "SigLIP's own end: a vector a picture"),
+    (r"^(model\.)?vision_tower\..*\bhead\.(probe$|(attention|layernorm|mlp)\.)", "SigLIP's own last step"),
 ]
 
 

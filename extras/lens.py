@@ -14,6 +14,7 @@ The modules know nothing of this. Stages are named as in tests/parity.py, and a 
 
     letter   meaning
     N, P     pictures, patches of each
+    M        positions of a picture in tiles
     B, T, S  rows of the batch, positions that look, positions that are looked at
     D, V     width of the language model, size of the vocabulary
 """
@@ -175,7 +176,7 @@ def onto_grid(boxes, width, height, grid):
     lines = np.arange(grid + 1) / grid
 
     def along(low, high, size):
-        begin, end = np.maximum(low, lines[:-1] * size), np.minimum(high, lines[1:] * size)  # (M, grid)
+        begin, end = np.maximum(low, lines[:-1] * size), np.minimum(high, lines[1:] * size)
         return np.nan_to_num((end - begin).clip(0) / (high - low))
 
     left, top, right, bottom = boxes.T[:, :, None]
