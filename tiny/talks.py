@@ -86,11 +86,11 @@ def encode(processor, talk, size):
     tokenizer, pieces, ids, labels = processor.tokenizer, [], list(processor.tokenizer.bos), []
     labels += [-100] * len(ids)
     for role, *turn in talk.turns:
-        pieces += processor.pieces([(role, *turn)], sum(turn[1:]))
+        before, pieces = pieces, pieces + processor.pieces([(role, *turn)], sum(turn[1:]))
         if role == "assistant":
             behind = [processor.eos_id] if len(ids) > len(tokenizer.bos) else []  # text begins in another way there
             whole = tokenizer.encode_pieces(behind + pieces)[len(behind) :]
-            prompt = tokenizer.encode_pieces(behind + pieces[:-2])[len(behind) :]
+            prompt = tokenizer.encode_pieces(behind + before)[len(behind) :]
             answer = whole[len(prompt) :]
             prompt = [i for token in prompt for i in [token] * (size if token == processor.image_id else 1)]
             ids += prompt + answer
