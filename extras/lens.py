@@ -14,7 +14,7 @@ The modules know nothing of this. Stages are named as in tests/parity.py, and a 
 
     letter   meaning
     N, P     pictures, patches of each
-    M        positions of a picture in tiles
+    M, Q     positions of a picture in tiles, patches of all pictures on the page of explain.py
     B, T, S  rows of the batch, positions that look, positions that are looked at
     D, V     width of the language model, size of the vocabulary
 """
