@@ -102,8 +102,8 @@ def test_a_kernel_that_saturates_is_not_taken(monkeypatch):
     """As one does that adds products of eight bits in sixteen: right in most places, a little off elsewhere."""
 
     def product(x, w, scale):
-        pairs = ((x.int() - 128)[:, None] * w.int()).unflatten(2, (-1, 2)).sum(3).clamp(-(2**14), 2**14)
-        return (pairs.sum(2) * scale).float()
+        pairs = (x.int()[:, None] * w.int()).unflatten(2, (-1, 2)).sum(3).clamp(-(2**15), 2**15 - 1)
+        return ((pairs.sum(2) - 128 * w.int().sum(1)) * scale).float()
 
     monkeypatch.setattr(quantize, "packed_integer_product", product)
     monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda q, shape: q)
