@@ -158,7 +158,8 @@ def attention():
 def rope():
     """A position is a turn."""
     E, positions = 8, 9
-    cos, sin = (part.reshape(-1, E) for part in llama.rope_angles(torch.arange(positions)[None], E, 100.0))
+    turns = 100.0 ** (-torch.arange(0, E, 2) / E)  # theta^(-2i/E), theta = 100
+    cos, sin = (part.reshape(-1, E) for part in llama.rope_angles(torch.arange(positions)[None], turns))
     sheet = Sheet(1000, 400, "RoPE: each pair of dimensions turns with the position, the last slowly.")
     sheet.text(20, 34, "RoPE: a position is a turn", "b")
     for i in range(E // 2):

@@ -456,7 +456,7 @@ def exercise_5_2(config):
                 stages[f"llama.{i}.{x}"].unflatten(-1, split).transpose(1, 2) for x in "qk"
             )
             at = torch.arange(q.shape[2])
-            angles = llama.rope_angles(at[None], config.head_dim, config.rope_theta)
+            angles = llama.rope_angles(at[None], llama.frequencies(config))
             q = llama.rotate(q, *angles) if "q" in turned else q
             k = llama.rotate(k, *angles) if "k" in turned else k
             q, k = (k, q) if swap else (q, k)
