@@ -242,7 +242,8 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding.from_pretrained(torch.randn(config.vocab_size, config.hidden_size), freeze=False)
+        rows = torch.empty(config.vocab_size, config.hidden_size)  # not drawn on "meta": torch loads a compiler first
+        self.embed = nn.Embedding.from_pretrained(rows if rows.is_meta else rows.normal_(), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -10,7 +10,7 @@ from reference import ROOT
 
 LIMITS = {  # lines, comments and docstrings included; raised only with a reason beside the number
     "llava.py": 548,  # 520, and what hands image_sizes on: pictures may have different numbers of features
-    "llama.py": 440,
+    "llama.py": 441,  # 440, and a line that spares every start torch's compiler
     "vision.py": 320,
     "weights.py": 360,  # 340, and tables of what kinds of tower, text, positions and preprocessing mean by default
 }

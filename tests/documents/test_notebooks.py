@@ -284,7 +284,8 @@ def test_wrong_answers_are_many_and_nine_of_ten_are_helped():
 def test_a_handout_has_neither_outputs_nor_solutions(tmp_path):
     folder = run.handout(tmp_path / "students")
     files = sorted((folder / "notebooks").glob("[0-9]*.ipynb"))
-    assert len(files) == 7 and (folder / "llava.py").exists() and (folder / "tiny" / "model.safetensors").exists()
+    assert len(files) == len(NOTEBOOKS)
+    assert (folder / "llava.py").exists() and (folder / "tiny" / "model.safetensors").exists()
     assert not (folder / "tests" / "wrong_answers.txt").exists()
     for file in files:
         notebook = nbformat.read(file, as_version=4)

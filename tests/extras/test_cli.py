@@ -111,7 +111,7 @@ def test_defaults():
         "top_k": None, "num_beams": 1, "seed": None,
         "pad": None, "system": None, "show_prompt": False, "trace": False, "explain": None, "chat": False,
         "each": False,
-        "choices": None, "asked": False,
+        "batch_size": None, "out": None, "choices": None, "asked": False,
     }  # fmt: skip
 
 

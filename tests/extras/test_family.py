@@ -131,10 +131,11 @@ def test_trace_and_explain_look_into_each(asked, tmp_path):
     assert re.search(r"^vision\.0 ", run.err, re.M) and re.search(r"^projector ", run.err, re.M)
     page = (tmp_path / "page.html").read_text()
     data = json.loads(re.search(r'<script[^>]*id="?data"?[^>]*>(.*?)</script>', page, re.S)[1])
-    grid = data["pictures"][0]["grid"]
+    grid = data["pictures"][0]["columns"]
     assert grid == model.vision.grid * (2 if name in TILED else 1)
     flat = torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(data["maps"]))), dtype=torch.uint8)
-    assert len(flat) == len(data["views"]) * len(data["words"]) * 2 * grid**2
+    parts = {False: 2 * grid**2, True: max(data["cells"]) + 1}  # of a view, patch by patch or in cells
+    assert len(flat) == len(data["words"]) * sum(parts[coarse] for *_, coarse in data["views"])
 
 
 def test_a_conversation_in_which_a_picture_is_added(asked):

@@ -437,6 +437,7 @@ def test_a_hub_that_falls_silent_while_a_missing_file_is_explained(tmp_path, mon
     def silent(*_, **__):
         raise huggingface_hub.errors.HTTPError("the line is dead")
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "a" / "b" / "c"))
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", missing)
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", silent)

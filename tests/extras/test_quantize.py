@@ -461,3 +461,12 @@ def test_a_product_that_torch_lacks_is_done_without(monkeypatch, checkpoints, na
     with torch.inference_mode():
         model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="bfloat16")
         model.generate(**processor("USER: hello ASSISTANT:"), max_new_tokens=2)
+
+
+def test_what_fills_a_group_up_leaves_its_range_as_it_is():
+    """All of W lies between 1 and 2: a group that held a zero as well would have twice the range, and half the steps."""
+    torch.manual_seed(0)
+    weight = 1 + torch.rand(64, 70)
+    layer = quantize.Int4Linear(70, 64, torch.float32)
+    layer.take_weight(weight, "cpu")
+    torch.testing.assert_close(layer(torch.eye(70)).T, weight, rtol=0, atol=0.5 / 15 + 0.001)
