@@ -262,8 +262,7 @@ class Int4Linear(QuantizedLinear):
 
     def rounded(self, weight):
         """From the least to the greatest of each group. A line that is fitted to the group's numbers is nearer in the
-        mean square, but what it is further from, the two ends, are the numbers that count: a language model foretells a
-        text worse with it.
+        mean square and further from the two ends; a real language model foretells a text worse with it.
         """
         groups = weight.unflatten(1, (-1, self.GROUP))
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
