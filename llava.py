@@ -519,7 +519,7 @@ def load(model, *, device="auto", dtype="auto", quantize=None, compile=False, re
     model: a folder, "tiny", or a Hub id, which is downloaded once. device: "auto", "cpu", "cuda", "cuda:1", "mps".
     dtype: a torch dtype, its name, or "auto": on a GPU the stored one, on a CPU the fastest there.
     quantize: None, "int8" or "int4", for the linear layers of the language model. compile: record the decode step.
-    With it, and under torch.inference_mode(), a CPU's matrices are packed where that is faster; then they can be neither
+    With it, and under torch.inference_mode(), a CPU's matrices are packed where that pays; then they can be neither
     trained nor saved. In a process group of torch.distributed each process holds its part of the language model.
     Raises ValueError or OSError with a complete message; no weights are read before everything is checked.
     """

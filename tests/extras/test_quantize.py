@@ -464,7 +464,7 @@ def test_a_product_that_torch_lacks_is_done_without(monkeypatch, checkpoints, na
 
 
 def test_what_fills_a_group_up_leaves_its_range_as_it_is():
-    """All of W lies between 1 and 2: a group that held a zero as well would have twice the range, and half the steps."""
+    """All of W lies between 1 and 2: a group that held a zero, too, would have twice the range, and half the steps."""
     torch.manual_seed(0)
     weight = 1 + torch.rand(64, 70)
     layer = quantize.Int4Linear(70, 64, torch.float32)
