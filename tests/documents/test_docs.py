@@ -102,7 +102,7 @@ LONG = (  # not run by each test: what it is, and that it would start, is checke
     r"python docs/playground\.py.*", r"python (notebooks/run|extras/(finetune|assemble)|small/small)\.py.*",
     r"python llava\.py .*--explain .*",
     r"python tests/(mutations|fuzz/fuzz|smollm2)\.py.*", r"python tests/parity\.py .+",
-    r"python tiny/(train|tokenizer|evaluate)\.py.*", r"python tests/official\.py .+", r"python tests/line\.py",
+    r"python tiny/(train|tokenizer|evaluate|scenes)\.py.*", r"python tests/official\.py .+", r"python tests/line\.py",
 )  # fmt: skip
 
 
