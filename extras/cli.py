@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 
 from extras import memory
@@ -33,9 +34,18 @@ def program():
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights in pages of 2 MB, not 4 kB: a sixth faster to read
     leave = signal.getsignal(signal.SIGINT)
-    status = main(started=lambda: signal.signal(signal.SIGINT, usual))
+    status = main(started=lambda: signal.signal(signal.SIGINT, stop if usual is signal.default_int_handler else usual))
     signal.signal(signal.SIGINT, leave)
     return status
+
+
+STOPPED = [float("-inf")]  # when Ctrl-C came last
+
+
+def stop(*_):
+    """Ctrl-C, noted: a library may turn the KeyboardInterrupt into an error of its own."""
+    STOPPED[0] = time.monotonic()
+    raise KeyboardInterrupt
 
 
 def main(arguments=None, started=lambda: None):
@@ -65,7 +75,7 @@ def main(arguments=None, started=lambda: None):
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:  # the complete messages that are raised throughout
-        return fail(error)
+        return 130 if time.monotonic() - STOPPED[0] < 1 else fail(error)
     except (RuntimeError, MemoryError) as error:
         return fail(what_is_missing(error))
 

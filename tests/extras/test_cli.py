@@ -607,3 +607,18 @@ def test_what_pillow_warns_of_is_no_notice(ask, tmp_path):
     )  # fmt: skip
     (tmp_path / "reduced.tif").write_bytes(tiff(16, 12, (254, 4, 1, 1)))
     assert "notice: " in ask("--image", tmp_path / "reduced.tif", "--max-new-tokens", "4").err
+
+
+def test_an_error_that_ctrl_c_was_turned_into_is_no_message(monkeypatch, capsys):
+    """A library that is interrupted may raise what it likes."""
+
+    def run(options):
+        try:
+            cli.stop()
+        except KeyboardInterrupt:
+            raise OSError("a storage cannot be made") from None
+
+    monkeypatch.setattr(cli, "STOPPED", [float("-inf")])
+    monkeypatch.setattr(cli, "run", run)
+    assert cli.main(["--model", "tiny", "--prompt", "Hi"]) == 130
+    assert capsys.readouterr().err == ""
