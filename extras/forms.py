@@ -1,12 +1,12 @@
 """Prompts: how each checkpoint writes a conversation down, as rows of strings.
 
 Which one a checkpoint was trained with stands in none of its configs; but the kind of model and the special tokens that
-its tokenizer has tell. docs/departures.md says where published templates and
-documentation disagree, and which of them is followed.
+its tokenizer has tell. docs/departures.md says where published templates and documentation disagree, and which of them
+is followed.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass
@@ -78,7 +78,7 @@ CHATML = Form(
     end="<|im_end|>",
     between="<|im_end|>\n",
 )
-CHATML_NEXT = Form(**{**vars(CHATML), "opening": "You are a helpful assistant."})
+CHATML_NEXT = replace(CHATML, opening="You are a helpful assistant.")
 CHATML_DIRECT = Form(  # without line breaks behind the ends
     system=("<|im_start|>system\n", "<|im_end|>"),
     user=("<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n"),
@@ -92,14 +92,12 @@ LLAMA_3 = Form(
     assistant=("", ""),
     end="<|eot_id|>",
 )
-LLAMA_3_NEXT = Form(**{**vars(LLAMA_3), "opening": HELPFUL})
-JOYCAPTION = Form(
-    **{
-        **vars(LLAMA_3),
-        "system": (HEADER.format("system") + DATES, "<|eot_id|>"),
-        "picture": ("<|reserved_special_token_70|>", "<|reserved_special_token_71|>"),
-        "opening": "You are a helpful image captioner.",
-    }
+LLAMA_3_NEXT = replace(LLAMA_3, opening=HELPFUL)
+JOYCAPTION = replace(
+    LLAMA_3,
+    system=(HEADER.format("system") + DATES, "<|eot_id|>"),
+    picture=("<|reserved_special_token_70|>", "<|reserved_special_token_71|>"),
+    opening="You are a helpful image captioner.",
 )
 PHI_3 = Form(
     system=("<|system|>\n", "<|end|>\n"),

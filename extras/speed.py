@@ -67,8 +67,8 @@ def prepare(model, found, device, dtype, quantize_to, compile):
         parallel.split(model.llama, dtype)
     timed, shape = device.type == "cpu" and dtype.itemsize == 2, largest(model)
     if quantize_to is not None:
-        found = functools.cache(lambda kind: fastest_kernel(kind, shape, dtype, ways) if timed else {})
-        quantize.quantize_layers(model.llama, quantize_to, dtype, found)
+        settings = functools.cache(lambda kind: fastest_kernel(kind, shape, dtype, ways) if timed else {})
+        quantize.quantize_layers(model.llama, quantize_to, dtype, settings)
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
     if answers_only and timed and fastest_product(shape, dtype, ways) == "packed":
         quantize.replace_layers(model, quantize.PackedLinear, dtype)
@@ -98,8 +98,7 @@ def check_before_download(model, device, dtype, quantize_to, size=None):
         dtype = fastest_dtype(model, device, torch.float32 if wide else torch.float16, quantize_to, {})
     if quantize_to is not None:
         model = copy.deepcopy(model)
-        model.llama.head = quantize.in_place_of(model.llama.head, quantize.HEAD, dtype)
-        quantize.replace_layers(model.llama, quantize.QUANTIZED[quantize_to], dtype)
+        quantize.quantize_layers(model.llama, quantize_to, dtype)
     check_memory(model, device, dtype)
 
 

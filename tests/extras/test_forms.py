@@ -2,20 +2,13 @@
 
 import pytest
 from line import CHATML, LLAMA_3, PHI_3, write_tokenizer
+from official import CURIOUS, HELPFUL
 
 import llama
 import llava
 import vision
 from extras import checks, forms
 
-CURIOUS = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-HELPFUL = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
 SYSTEM_3 = "<|start_header_id|>system<|end_header_id|>\n\n"
 USER_3, ANSWER_3 = "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"
 JOY = SYSTEM_3 + "Cutting Knowledge Date: December 2023\nToday Date: 26 July 2024\n\n"
