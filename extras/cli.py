@@ -57,6 +57,9 @@ def main(arguments=None, started=lambda: None):
     for stream in (sys.stdin, sys.stdout):  # an undecodable or unprintable character should not end the program
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):  # a line in one piece: several processes may write to one place
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, write_through=False)
     try:
         options = parse(arguments)
         check(options)

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent / name) for name in (".", "tests", "tiny")]
 
+import evaluate as measured  # noqa: E402
 import scenes  # noqa: E402
 import smollm2  # noqa: E402
 import train as tiny  # noqa: E402
@@ -239,6 +240,15 @@ def train(out, resume, minutes):
 # The measurement
 
 
+def collect(number, held_out):
+    """Scenes that training never saw → {kind: ([picture, ...], [(question, answer), ...])}, of the kinds WANTED."""
+    found = measured.collect("one question", number, held_out)
+    return {
+        kind: ([pictures[0] for _, pictures, _ in items], [(turns[-1][1], answer) for turns, _, answer in items])
+        for kind, items in found.items() if kind in WANTED
+    }  # fmt: skip
+
+
 @torch.no_grad()
 def evaluate(number):
     """Print the share of exact answers as a table: questions of each kind about the same fresh scenes."""
@@ -253,7 +263,7 @@ def evaluate(number):
     results = {name: {} for name in columns}
     for name, (held_out, shift, projector) in columns.items():
         model.projector.load_state_dict(projector)
-        for kind, (pictures, items) in tiny.collect(number, held_out).items():
+        for kind, (pictures, items) in collect(number, held_out).items():
             pixels = torch.stack([llava.vision.preprocess(x, processor.preprocess_config) for x in pictures])
             pixels = torch.zeros_like(pixels) if shift is None else pixels.roll(-shift, 0)
             hits = []
@@ -264,9 +274,9 @@ def evaluate(number):
             results[name][kind] = sum(hits)
     print("| kind | " + " | ".join(columns) + " |")
     print("|---" * (1 + len(columns)) + "|")
-    for kind in scenes.KINDS:
+    for kind in WANTED:
         print(f"| {kind} | " + " | ".join(f"{results[name][kind] / number:.1%}" for name in columns) + " |")
-    whole = number * len(scenes.KINDS)
+    whole = number * len(WANTED)
     print("| **all** | " + " | ".join(f"**{sum(r.values()) / whole:.1%}**" for r in results.values()) + " |")
 
 
@@ -276,6 +286,9 @@ def main():
         "--make", type=Path, nargs="?", const=FOLDER / "model", metavar="FOLDER",
         help="write the checkpoint there (small/model, if no folder is named)",
     )  # fmt: skip
+    parser.add_argument(
+        "--keep-eye", type=Path, metavar="CHECKPOINT", help="put its vision tower in the place of small/eye.safetensors"
+    )
     parser.add_argument("--out", type=Path, default=FOLDER / "new", help="where projector, log and resume.pt go")
     parser.add_argument("--resume", action="store_true", help="go on from resume.pt in the --out folder")
     parser.add_argument("--minutes", type=float, default=45, help="stop behind so many (default: %(default)s)")
@@ -284,6 +297,8 @@ def main():
     parser.add_argument("--questions", type=int, default=100, help="of each kind, to measure with")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.keep_eye:
+        return keep_eye(options.keep_eye)
     if smollm2.file() is None:
         raise SystemExit(f"error: {smollm2.reason()}")
     if options.make:

@@ -6,6 +6,7 @@ Every number is random, also those that transformers begins at 0 or 1 (biases of
 in a checkpoint with its initial values one that is left out would not be noticed.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -232,5 +233,14 @@ def table(names=tuple(LINE)):
         print("  ".join([f"{name:<13}", *(f"{worst[head]:9.1e}" for head in heads)]), flush=True)
 
 
+def main():
+    parser = argparse.ArgumentParser(description="How far ours is from the reference, kind by kind, in float64.")
+    parser.add_argument("names", nargs="*", metavar="KIND", help=f"which, all by default: {', '.join(LINE)}")
+    names = parser.parse_args().names
+    if unknown := {*names} - {*LINE}:
+        parser.error(f"no such kind: {', '.join(sorted(unknown))}")
+    table(names or LINE)
+
+
 if __name__ == "__main__":
-    table()
+    main()

@@ -9,6 +9,7 @@ package is imported: it is there for its file. The model sees nothing, as its ey
 LLAVA_SMOLLM2 may name a folder that was made before: the tests then use it.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -143,7 +144,14 @@ def tokenizer(values):
     return bpe
 
 
+def main():
+    parser = argparse.ArgumentParser(description="Write SmolLM2 as the language model of a LLaVA with a random tower.")
+    parser.add_argument("folder", type=Path, help="where the checkpoint goes")
+    options = parser.parse_args()
+    if file() is None:
+        raise SystemExit(f"error: {reason()}")
+    print(make(options.folder))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not file():
-        raise SystemExit(reason() or f"usage: python {sys.argv[0]} FOLDER")
-    print(make(sys.argv[1]))
+    main()

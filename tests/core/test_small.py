@@ -60,7 +60,7 @@ def test_it_sees_more_than_it_can_guess(small, made):
     model, processor = small.load(made)
     pictures, items = [], []
     for kind in ("colour", "shape"):
-        found = small.tiny.collect(25, held_out=False)[kind]
+        found = small.collect(25, held_out=False)[kind]
         pictures, items = pictures + found[0], items + [(kind, *item) for item in found[1]]
     pixels = torch.stack([llava.vision.preprocess(x, processor.preprocess_config) for x in pictures])
 

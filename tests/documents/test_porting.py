@@ -1,5 +1,6 @@
 """docs/porting.md: its tables are those of the code, its bugs show where it says, and the stored dump is up to date."""
 
+import contextlib
 import inspect
 import re
 import sys
@@ -110,18 +111,23 @@ STAGES = {bug: stage.strip("`") for bug, stage, _ in table("bug | stage | sympto
 HIDDEN = [bug.replace("`", "") for bug, *_ in table("bug | needs | symptom")]
 
 
+@contextlib.contextmanager
 def planted(file, right, wrong):
-    """Copies of the four modules with one bug in them → the llava of that copy."""
-    kept = {name: sys.modules.pop(name) for name in MODULES}
+    """Inside of it, the modules are copies of ours, one of which has a bug → the llava of that copy."""
+    kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in (*MODULES, "extras")}
     try:
-        for name in MODULES:
-            path = ROOT / f"{name}.py"
+        for name in MODULES if file[:-3] in MODULES else (*MODULES, file[:-3].replace("/", ".")):
+            path = ROOT / f"{name.replace('.', '/')}.py"
             source = path.read_text(encoding="utf-8")
             module = sys.modules[name] = types.ModuleType(name)
             module.__file__ = str(path)
-            exec(compile(source.replace(right, wrong) if file == path.name else source, path, "exec"), vars(module))
-        return module
+            source = source.replace(right, wrong) if path == ROOT / file else source
+            exec(compile(source, path, "exec"), vars(module))
+        yield sys.modules["llava"]
     finally:
+        for name in [*sys.modules]:
+            if name.split(".")[0] in (*MODULES, "extras"):
+                del sys.modules[name]
         sys.modules.update(kept)
 
 
@@ -143,7 +149,8 @@ def stages(module, folder, image):
 
 def first_over(bug, right):
     folder, image, reference = right
-    rows = parity.compare(stages(planted(*BUGS[bug]), folder, image), reference, torch.float64)
+    with planted(*BUGS[bug]) as module:
+        rows = parity.compare(stages(module, folder, image), reference, torch.float64)
     last = max(int(name.split(".")[1]) for name in reference if name.startswith("llama."))
     over = [row[0] for row in rows if not row[2] <= row[4]]
     return over[0].replace(f"llama.{last}", "llama.last") if over else None

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from reference import ROOT
 
-FOLDERS = ("benchmarks", "docs", "extras", "notebooks", "tests", "tiny")
+FOLDERS = ("benchmarks", "docs", "extras", "notebooks", "small", "tests", "tiny")
 INTERNAL = ("forks.py",)  # started by tests alone, and spoken to through a pipe
 HEARD = """
 import os, runpy, sys
