@@ -18,9 +18,8 @@ def torchrun(*command, processes=2, status=0):
         *map(str, command),
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    for _ in range(
-        3
-    ):  # about once in a hundred starts gloo ends a process over a thread of its own: not what is tested here
+    # about once in a hundred starts gloo ends a process over a thread of its own: not what is tested here
+    for _ in range(3):
         result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         if "terminate called without an active exception" not in result.stderr:
             break
