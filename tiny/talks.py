@@ -18,8 +18,8 @@ from extras.cli import AUTHORS_SYSTEM  # noqa: E402
 import scenes  # noqa: E402
 
 # How often a kind is asked about: more of what is learnt late
-WANTED = {"describe": 4, "colour": 4, "shape": 3, "count": 6, "where": 4, "relation": 1, "yes/no": 3, "missing": 2}
-SHARES = {"one picture": 0.35, "two pictures": 0.35, "a picture added": 0.3}
+WANTED = {"describe": 6, "colour": 3, "shape": 3, "count": 7, "where": 5, "relation": 1, "yes/no": 4, "missing": 4}
+SHARES = {"one picture": 0.2, "two pictures": 0.45, "a picture added": 0.35}
 SYSTEM = 0.1  # of the talks begin with the authors' sentence
 
 

@@ -52,7 +52,7 @@ STAGES = {  # steps, scenes a step, learning rate
     "voice": (800, 8, 2e-3),
     "projector": (200, 8, 2e-3),
     "all": (8000, 8, 2e-3),
-    "talk": (2350, 8, 8e-4),
+    "talk": (6000, 8, 8e-4),
 }
 PART_1 = "all"  # its last stage
 LENGTHS = (224, 416, 416)  # how long the talks of a step are, about, in positions
