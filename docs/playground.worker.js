@@ -41,7 +41,8 @@ function stages(model, image, question, how) {
   llava.stream(ids, pixels, model, (name, data, width) => seen[name] = [data, data.length / width, width]).next();
   put("ids", Float32Array.from(ids), ids.length);
   put("pixels", pixels, 3, size, size);
-  vision.forward(pixels, range(model.vision.blocks.length + 1), model.vision, config.vision_config) // the unused one, too
+  const all = range(model.vision.blocks.length + 1); // the unused one, too
+  vision.forward(pixels, all, model.vision, config.vision_config)
     .forEach((state, i) => put(`vision.${i}`, state, P + 1, config.vision_config.hidden_size));
   for (const name of Object.keys(seen).filter(name => !name.startsWith("vision"))) put(name, ...seen[name]);
   const logits = linear(found[`llama.${model.llama.blocks.length}`].data, model.llama.head);
