@@ -1,6 +1,6 @@
 "use strict";
 // The page around the model: the picture, the question, the answer, and what happened in between. The model itself is
-// in playground.llava.js, and runs in a worker, so that the page stays quick while it thinks.
+// in playground.llava.js and the files that it names, and runs in a worker, so that the page stays quick meanwhile.
 
 const $ = id => document.getElementById(id);
 const make = (tag, attributes = {}, ...children) => {
@@ -49,12 +49,30 @@ const model = (() => {
   return { run };
 })();
 
+// The bugs that can be planted, and the stage at which each shows first.
+const BUGS = {
+  channels: { stage: "pixels", says: "Red and blue are swapped",
+    means: "Some programs store a colour as red, green, blue, others the other way round. Here they are mixed up." },
+  flatten: { stage: "vision.1", says: "The eye’s heads are laid out wrongly",
+    means: "The eye looks in several ways at once, its heads. Here their results are not put side by side, but one " +
+      "behind the other: all numbers are there, in the wrong places." },
+  class: { stage: "projector", says: "The class token is kept",
+    means: "In front of the patches the eye keeps one vector for the whole picture. Who forgets to drop it moves " +
+      "every patch on by one place, and loses the last." },
+  late: { stage: "projector", says: "The eye is read one block late",
+    means: "LLaVA reads the eye one block before its end. Here it reads the end itself, which it was not trained on." },
+  rope: { stage: "llama.1", says: "The words have no order",
+    means: "The decoder turns its numbers by an angle that says where each word stands (RoPE). Here that angle is " +
+      "always zero: it has the words, but not their order." },
+};
+
 const files = JSON.parse($("configs").textContent);
 const ready = (() => {
   const text = atob($("weights").textContent),
     bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  return model.run({ load: { ...files, weights: bytes.buffer } }, null, [bytes.buffer]);
+  const loading = model.run({ load: { ...files, weights: bytes.buffer } }, null, [bytes.buffer]);
+  return loading.then(done => ({ ...done, bugs: BUGS }));
 })();
 const plain = ({ width, height, data }) => ({ width, height, data });
 
@@ -248,9 +266,7 @@ const grid = files.config.vision_config.image_size / files.config.vision_config.
 const NO_SHAPES =
   "tiny has seen nothing but drawings of coloured shapes, so what it says of your picture means nothing. " +
   "It sees the middle square.";
-const NO_WORD =
-  "Its place on the picture lights up, and here stands what else it could have been. " +
-  "A line under a word says that tiny was not sure.";
+const NO_WORD = "Where it looked lights up on the picture, and here stands what else it could have been.";
 
 // The picture as the model gets it.
 const image = () => state.own ?? window.llava.paint(state.scene);
@@ -731,9 +747,9 @@ function drawHeat(i) {
     share = state.done.share[i];
   note(
     look[best] > 0
-      ? `Looked most ${placeOf(cell(centre))}. ` +
+      ? `Looked most ${placeOf(cell(centre))}: there the picture stays bright. ` +
           `${percent(share)} of its attention went to the picture, the rest to words.`
-      : "Looked at no place more than the other words did.",
+      : "Looked at no place more than the other words did, so all of the picture is pale.",
   );
 }
 
@@ -817,17 +833,27 @@ function departs(wrong, right) {
   return null;
 }
 
+// A stage's name in words.
+function called(stage) {
+  const [part, block] = stage.split("."),
+    what = { vision: "the eye", llama: "the decoder" }[part];
+  if (!what) return { pixels: "what goes into the eye", projector: "the bridge between eye and decoder" }[part] ?? part;
+  return Number(block) ? `what block ${block} of ${what} makes` : `the start of ${what}`;
+}
+
 function drawComparison() {
   $("compare").hidden = !comparing;
   $("verdict").textContent = "";
   if (!comparing || !state.done) return;
   const name = state.bug || state.change,
-    right = comparing.text.split(" "),
-    wrong = state.done.text.split(" ");
+    wrong = state.done.text.split(" "),
+    other = news(comparing.text.split(" "), wrong),
+    cut = state.done.words.at(-1).end ? "" : " …";
   $("right").textContent = comparing.text;
   $("how").textContent = labels[name];
   $("wrong").replaceChildren(
-    ...wrong.flatMap((word, i) => [i ? " " : "", word === right[i] ? word : make("mark", {}, word)]),
+    ...wrong.flatMap((word, i) => [i ? " " : "", other.has(i) ? make("mark", {}, word) : word]),
+    cut,
   );
   const same = comparing.text === state.done.text,
     first = departs(state.done.stages, comparing.stages);
@@ -839,7 +865,7 @@ function drawComparison() {
         : "No error, no warning: only other words. ") +
     (first
       ? `Hold the numbers against the right ones, stage after stage: the first that departs is ${first.name}, ` +
-        `by ${percent(Math.min(1, first.by))} of its largest number.`
+        `${called(first.name)}, by ${percent(Math.min(1, first.by))} of its largest number.`
       : "");
 }
 
@@ -1014,6 +1040,35 @@ for (const [name, { box }] of Object.entries(views)) {
   };
   box.addEventListener("pointermove", point);
   box.addEventListener("pointerdown", point);
+  box.addEventListener("keydown", event => {
+    const across = { ArrowLeft: -1, ArrowRight: 1 }[event.key] ?? 0,
+      down = { ArrowUp: -1, ArrowDown: 1 }[event.key] ?? 0;
+    if (!state.done || !(across || down) || event.ctrlKey || event.metaKey || event.altKey) return;
+    event.preventDefault();
+    step(name, across, down);
+    drawProbe();
+  });
+  box.addEventListener("focus", () => $("reading").setAttribute("aria-live", "polite")); // heard while one walks there
+  box.addEventListener("blur", () => $("reading").setAttribute("aria-live", "off"));
+}
+
+// An arrow key on the road: one patch, row or piece further.
+function step(name, across, down) {
+  const { labels: prompt, words: said } = state.done,
+    first = prompt.indexOf(null),
+    { length } = said[0].logits;
+  if (name === "words") {
+    const piece = state.token?.piece ?? chosenWord(state.done).id;
+    state.token = { piece: clamp(piece + across + COLUMNS * down, 0, length - 1) };
+  } else if (name === "merge" || name === "decoder") {
+    const position = clamp((state.token?.position ?? first + state.patch) + across + down, 0, prompt.length - 1);
+    state.token = prompt[position] === null ? null : { position };
+    if (!state.token) state.patch = position - first;
+  } else {
+    const rows = name === "pixels" || name === "patches" ? grid : 1;
+    state.patch = clamp(state.patch + across + rows * down, 0, grid * grid - 1);
+    state.token = null;
+  }
 }
 $("probe").oninput = () => {
   Object.assign(state, { patch: Number($("probe").value), token: null });

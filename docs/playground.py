@@ -5,7 +5,8 @@
     python docs/playground.py --check         exit status 1 if the page is older than what it is made of
 
 It is made of playground.template.html (the page), playground.llava.js (LLaVA in JavaScript, to be read beside the
-Python), playground.page.js (what a person does) and the files of tiny/. The weights go in as they are stored.
+Python) and the three files behind it, playground.page.js (what a person does) and the files of tiny/. The weights go in
+as they are stored.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pathlib import Path
 DOCS = Path(__file__).resolve().parent
 TINY = DOCS.parent / "tiny"
 PAGE = DOCS / "playground.html"
+PORT = ("llava", "torch", "weights", "worker")  # the scripts that run the model, in a worker of the browser
 CONFIGS = {  # as the page calls them → the file in tiny/
     "config": "config.json",
     "generation": "generation_config.json",
@@ -52,19 +54,24 @@ def check(configs):
             raise ValueError(f"{path} of tiny is {found!r}, and the page can do only {wanted!r}")
 
 
+def script(name):
+    """One of the scripts. Raises ValueError if it would end before its end."""
+    text = (DOCS / f"playground.{name}.js").read_text(encoding="utf-8").strip()
+    if "</script" in text.lower():
+        raise ValueError(f"playground.{name}.js: the sign that ends a script stands in it")
+    return text
+
+
 def build(tiny=TINY):
     """The page as a string."""
     configs = {name: json.loads((tiny / file).read_text(encoding="utf-8")) for name, file in CONFIGS.items()}
     check(configs)
     parts = {
-        "port": (DOCS / "playground.llava.js").read_text(encoding="utf-8").strip(),
-        "page": (DOCS / "playground.page.js").read_text(encoding="utf-8").strip(),
+        "port": "\n\n".join(script(name) for name in PORT),
+        "page": script("page"),
         "configs": json.dumps(configs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         "weights": textwrap.fill(base64.b64encode((tiny / "model.safetensors").read_bytes()).decode(), 20_000),
     }
-    for name in ("port", "page"):
-        if "</script" in parts[name].lower():
-            raise ValueError(f"playground.{name}: the sign that ends a script stands in it")
     template = (DOCS / "playground.template.html").read_text(encoding="utf-8")
     return re.sub(r"%%(\w+)%%", lambda found: parts[found[1]], template)
 

@@ -18,6 +18,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import llava
@@ -86,9 +87,35 @@ def test_the_page_is_one_small_file_that_fetches_nothing():
 
 
 def test_lines_of_the_scripts_fit_beside_the_python():
-    for name in ("playground.llava.js", "playground.page.js"):
-        for number, line in enumerate((DOCS / name).read_text(encoding="utf-8").splitlines(), start=1):
-            assert len(line) <= 120, f"{name}:{number}"
+    for name in (*playground.PORT, "page"):
+        for number, line in enumerate(playground.script(name).splitlines(), start=1):
+            assert len(line) <= 120, f"playground.{name}.js:{number}"
+    assert len(playground.script("llava").splitlines()) <= 400
+
+
+def test_names_and_order_of_the_port_are_those_of_the_python():
+    found, own = [], {"resize", "resample", "bicubic", "head"}  # Pillow's; what in the Python is a layer
+    for module in ("vision", "llama", "llava"):
+        part = playground.script("llava").split(f"const {module} = {{\n")[1].split("\n};")[0]
+        names = re.findall(r"^  \*?(\w+)(?:\(.*\) \{$|: )", part, flags=re.MULTILINE)
+        python = re.findall(r"^ *(?:def|class) (\w+)", (ROOT / f"{module}.py").read_text(), flags=re.MULTILINE)
+        there = iter({"MLP": "mlp", "RMSNorm": "rms_norm"}.get(name, name).lower() for name in python)
+        missing = [name for name in names if name not in own and name not in there]  # takes from `there` in order
+        assert missing == [], module
+        found += names
+    assert len(found) > 30 and own <= set(found)
+
+
+def test_what_the_page_says_of_tiny_is_so():
+    page = (DOCS / "playground.template.html").read_text(encoding="utf-8")
+    honest = " ".join(re.sub(r"<[^>]+>", "", page.split('id="honest"')[1].split("</main>")[0]).split())
+    assert "one to four shapes, six colours, two sizes, each in one of nine places" in honest
+    assert (len(scenes.NUMBERS) - 1, len(scenes.COLOURS), len(scenes.SIZES), len(scenes.PLACES)) == (4, 6, 2, 9)
+    with safe_open(TINY / "model.safetensors", "pt") as file:
+        numbers = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert "more than 4,000 times as many numbers" in honest and 7_063_427_072 / numbers > 4000  # LLaVA-1.5-7B
+    assert f"{numbers / 1e6:.1f} million" in page
+    assert "A light is not a reason" in honest and "Sure is not right" in honest
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -286,12 +313,12 @@ def test_each_bug_of_the_switch_is_found_at_its_stage(tab, tmp_path, capsys):
     assert status == 0  # none of them stays
 
 
-MISTAKES = [  # what stands in playground.llava.js, what is planted there, the stage at which parity.py finds it
+MISTAKES = [  # what stands in the scripts of the port, what is planted there, the stage at which parity.py finds it
     ("return x < 2 ? (((x - 5) * x + 8) * x - 4) * -0.5 : 0;", "return 0;", "pixels"),
     ("Math.exp(-1.702 * x)", "Math.exp(-1.773 * x)", "vision.1"),
-    ("1 + llava.erf(x / Math.SQRT2)", "1 + Math.tanh(0.7978845608 * (x + 0.044715 * x ** 3))", "projector"),
+    ("1 + erf(x / Math.SQRT2)", "1 + Math.tanh(0.7978845608 * (x + 0.044715 * x ** 3))", "projector"),
     ("[features, patch++]", "[features, 0 * patch++]", "merge"),
-    ("S = past + t + 1;", "S = past + T;", "llama.1"),
+    ("=> past + t + 1,", "=> past + t + 2,", "llama.1"),
     ("first * c - second * s", "first * c + second * s", "llama.1"),
     ("* scale * weight[i] + bias[i]", "* scale * weight[i]", "vision.0"),
 ]
@@ -299,7 +326,7 @@ MISTAKES = [  # what stands in playground.llava.js, what is planted there, the s
 
 @pytest.mark.slow
 def test_planted_mistakes_in_the_javascript_are_found_at_their_stage(tab, tmp_path, capsys):
-    source = (DOCS / "playground.llava.js").read_text(encoding="utf-8")
+    source = "\n".join(map(playground.script, playground.PORT))
     for right, wrong, stage in MISTAKES:
         assert source.count(right) == 1, right
         tab.run(
@@ -320,6 +347,27 @@ def test_planted_mistakes_in_the_javascript_are_found_at_their_stage(tab, tmp_pa
         finally:
             tab.run("llava.stages = kept;")
         assert status == 1 and f"{stage} is the first that diverges" in out, (right, out)
+
+
+@pytest.mark.slow
+def test_a_covered_and_a_shuffled_picture_reach_the_model(tab, tiny):
+    model, processor = tiny
+    image = scene_png()
+    inputs = asked(image, parity.QUESTION, processor)
+    patch, grid = model.config.vision_config.patch_size, model.vision.grid
+    for change in ("cover", "shuffle"):
+        stages = page_stages(tab, image, parity.QUESTION, {"change": change})
+        pixels, plain = stages["pixels"], inputs["pixel_values"]
+        if change == "cover":
+            assert pixels.eq(0).all()
+        else:  # the same patches, few of them at their place
+            cut = [torch.nn.functional.unfold(x, patch, stride=patch)[0].T for x in (pixels, plain)]
+            same = (cut[0][:, None] == cut[1][None]).all(-1)  # (P, P)
+            assert cut[0].sort(0).values.equal(cut[1].sort(0).values) and same.any(1).all()
+            assert same.diagonal().sum() < grid**2 / 2
+        with torch.no_grad():
+            logits = model(inputs["input_ids"], pixels).logits
+        assert torch.allclose(stages["logits"], logits, atol=1e-3)
 
 
 PORT = """const source = $("port").textContent + "\\nreturn { vision, llama, llava };";
@@ -450,6 +498,42 @@ def test_dragging_a_shape_changes_the_answer_while_it_moves(fresh):
     assert page.locator("#answer .new").count() > 0 and "“middle right”" not in page.inner_text("#answer")
     assert page.inner_text("#changed") == "Before you changed the picture: “middle right”."
     page.wait_for_function("$('said').textContent === 'tiny says: bottom middle'")
+
+
+@pytest.mark.slow
+def test_words_appear_one_by_one_and_the_time_is_told(fresh):
+    page = fresh.page
+    fresh.settled()
+    page.evaluate("""() => {
+      window.counts = [];
+      const seen = () => counts.push($("answer").children.length);
+      new MutationObserver(seen).observe($("answer"), { childList: true });
+    }""")
+    fresh.ask("Describe the image.")
+    counts, total = page.evaluate("[counts, state.done.words.length]")
+    assert set(range(1, total + 1)) <= set(counts), counts
+    times = page.evaluate("state.done.words.map(word => word.ms)")
+    assert times == sorted(times) and times[0] > 0
+    told = r"First word after [\d.]+ ms, all (\d+) after [\d.]+ ms, in this browser\."
+    assert re.fullmatch(told, page.inner_text("#time"))[1] == str(total)
+
+
+@pytest.mark.slow
+def test_probabilities_follow_a_shape_while_it_is_dragged(fresh):
+    page = fresh.page
+    fresh.ask("Where is the star?")
+    bars = "[...document.querySelectorAll('#bars dt, #bars .share')].map(e => e.textContent)"
+    before = page.evaluate(bars)
+    assert page.locator("#bars .track b").count() == 0 and page.locator("#before").is_hidden()
+    page.mouse.move(*middle(star(fresh)))
+    page.mouse.down()
+    page.mouse.move(*on_board(fresh, 0.5, 0.83), steps=6)
+    assert fresh.settled() == "bottom middle"
+    assert page.locator("#board.dragging").count() == 1  # the button is still down
+    page.locator("#answer button").first.evaluate("button => button.click()")  # its first word
+    assert page.evaluate(bars) != before and page.locator("#before").is_visible()
+    assert page.locator("#bars .track b").count() > 0  # a stroke: how likely it was before
+    page.mouse.up()
 
 
 @pytest.mark.slow
@@ -605,9 +689,12 @@ def test_a_bug_is_planted_and_mended(fresh):
         page.check(f"#switch input[value={name}]")
         wrong = fresh.settled()
         page.wait_for_function("comparing && $('verdict').textContent")
-        assert page.inner_text("#right") == right and page.inner_text("#wrong").split() == wrong.split()
+        shown = page.inner_text("#wrong").removesuffix("…")  # which stands where an answer was cut off
+        assert page.inner_text("#right") == right and shown.split() == wrong.split()
         stage = page.evaluate("name => ready.then(r => r.bugs[name]?.stage ?? 'pixels')", name)
         assert f"departs is {stage}," in page.inner_text("#verdict")
+        changed = page.locator("#wrong mark").count()
+        assert changed < len(wrong.split()) and (wrong != right or changed == 0)  # what stayed is not marked
         assert page.locator("#warning").is_visible()
     page.click("#mend")
     assert fresh.settled() == right
@@ -627,6 +714,21 @@ def test_the_road_follows_a_patch(fresh):
     assert page.inner_text("#reading").startswith("Patch 1 of 49, row 1, column 1.")
     page.keyboard.press("ArrowRight")
     assert page.locator("#probe").get_attribute("aria-valuetext") == "row 1, column 2"
+    for view, key, read in [  # and with the keyboard alone
+        ("patches", "ArrowDown", "Patch 9 of 49, row 2, column 2."),
+        ("tower", "ArrowDown", "Patch 10 of 49, row 2, column 3."),
+        ("merge", "ArrowUp", "Patch 9 of 49, row 2, column 2."),
+    ]:
+        page.locator(f"[data-view={view}]").focus()
+        page.keyboard.press(key)
+        assert page.inner_text("#reading").startswith(read), view
+    for _ in range(9):
+        page.keyboard.press("ArrowUp")
+    assert page.inner_text("#reading").startswith("Position ")  # before the picture, in the prompt's words
+    page.locator("[data-view=words]").focus()
+    word = page.inner_text("#reading").split("Word ")[-1]
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#reading").split("Word ")[-1] != word
 
 
 @pytest.mark.slow
@@ -644,7 +746,11 @@ def test_phone_and_dark(browser, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") == 360  # nothing sticks out
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(ground) < 60) == (scheme == "dark")
-    assert page.evaluate("getComputedStyle($('heat')).transitionDuration") in ("0s", "0.00s")
+    moving = """[...document.querySelectorAll("*")].map(element => getComputedStyle(element))
+      .filter(s => parseFloat(s.transitionDuration) || parseFloat(s.animationDuration)).length"""
+    assert page.evaluate(moving) == 0
+    page.emulate_media(reduced_motion="no-preference")
+    assert page.evaluate(moving) > 0  # without the wish, something does
     contrast = page.evaluate("""() => {
       const linear = v => v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4;
       const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
