@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [
-    str(ROOT / folder) for folder in (".", "tiny", "tests", "notebooks") if str(ROOT / folder) not in sys.path
+    str(ROOT / name) for name in (".", "tiny", "small", "tests", "notebooks") if str(ROOT / name) not in sys.path
 ]
 
 from checking import check, difference  # noqa: E402, F401 (the notebooks take them from here)
@@ -31,6 +31,21 @@ PHOTO = found(os.environ.get("LLAVA_PHOTO", str(ROOT / "tiny" / "scene.png")))
 matplotlib.rcParams["figure.dpi"] = 150  # legible on a projector
 if NAME == "tiny":
     torch.set_num_threads(1)  # so small that threads would only wait for one another; and the same digits each time
+
+
+def needs(mark, what=None):
+    """From here on a cell that begins with the comment `mark` says what it needs, and does nothing; None: it runs.
+
+    So a notebook runs to its end where something is missing that some of its cells need.
+    """
+    from IPython import get_ipython
+
+    def rest(lines):
+        return [f"print({f'This cell needs {what}'!r})\n"] if what and lines and lines[0].strip() == mark else lines
+
+    rest.mark = mark
+    changes = get_ipython().input_transformers_cleanup
+    changes[:] = [change for change in changes if getattr(change, "mark", None) != mark] + [rest]
 
 
 def place(thing, line=None):

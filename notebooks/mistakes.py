@@ -687,3 +687,101 @@ def exercise_7_3(WANTED):
             lacks("half", "every colour"),
         "the others name every other colour, not always the same": lacks("every colour"),
     }
+
+
+def exercise_9_1():
+    def those(one, two):
+        return lambda name, stage: name.startswith((one, two)[stage - 1])
+
+    eye, bridge, voice = "vision", "projector", "llama"
+    return {
+        "in stage 2 the projector goes on learning, beside the voice": those(bridge, voice),
+        "in stage 2 the voice learns, too": those(bridge, bridge),
+        "in stage 1 the voice is frozen": those((bridge, voice), (bridge, voice)),
+        "the eye stays frozen, in stage 2 as well": those(bridge, ""),
+        "the eye stays frozen: it is the voice that learns in stage 2":
+            those(bridge, (bridge, eye)),
+        "the eye stays frozen in both stages": those((eye, bridge), (eye, bridge, voice)),
+        "the two stages are exchanged": those((bridge, voice), bridge),
+        "True is what learns, not what is frozen": lambda n, s:
+            not those(bridge, (bridge, voice))(n, s),
+        "some of it is frozen": those("", ""),
+        "something learns": lambda n, s: False,
+    }
+
+
+def exercise_9_2():
+    def target(word=lambda x: x.mean(0), all_of_it=lambda x: x.sum(0) / len(x) ** 0.5):
+        def of(words, table):
+            return all_of_it(torch.stack([word(table[ids]) for ids in words]))
+
+        return of
+
+    def in_one(bottom):
+        return lambda words, table: (
+            table[[i for word in words for i in word]].sum(0) / bottom(words)
+        )
+
+    return {
+        "divided by the root of their number, not by their number: it would be too short":
+            target(all_of_it=lambda x: x.mean(0)),
+        "divided by the root of the number of words": target(all_of_it=lambda x: x.sum(0)),
+        "a word of several pieces is their mean, not their sum":
+            in_one(lambda words: len(words) ** 0.5),
+        "a word of several pieces is their mean: there each piece counts as a word":
+            in_one(lambda words: sum(map(len, words)) ** 0.5),
+        "first the mean of each word's pieces, then the sum over words, by its root":
+            in_one(lambda words: sum(map(len, words))),
+        "of a word of several pieces only the first is there": target(lambda x: x[0]),
+        "of a word of several pieces only the last is there": target(lambda x: x[-1]),
+        "the sum over the words is missing: there is one row for each":
+            target(all_of_it=lambda x: x),
+        "the root of the number of words, not of the width": target(
+            all_of_it=lambda x: x.sum(0) / x.shape[1] ** 0.5
+        ),
+        "the sum, not the product": target(all_of_it=lambda x: x.prod(0)),
+        "only the first of the words is there": target(all_of_it=lambda x: x[0]),
+    }
+
+
+def exercise_9_3():
+    def measure(change=lambda d: d.mean(), error=lambda d: d.std(correction=0) / len(d) ** 0.5):
+        def of(own, other):
+            d = torch.tensor(own).double() - torch.tensor(other).double()
+            return float(change(d)), float(error(d))
+
+        return of
+
+    def apart(own, other):
+        x, y = torch.tensor(own).double(), torch.tensor(other).double()
+        error = ((x.var(correction=0) + y.var(correction=0)) / len(x)) ** 0.5
+        return float(x.mean() - y.mean()), float(error)
+
+    def first(own, other):
+        share = sum(own) / len(own)
+        return measure()(own, other)[0], (share * (1 - share) / len(own)) ** 0.5
+
+    return {
+        "the same questions were asked twice: take the spread of the differences, not of each":
+            apart,
+        "the spread of the differences, not of the first list alone": first,
+        "divide the spread by the root of the number of questions":
+            measure(error=lambda d: d.std(correction=0)),
+        "by the root of the number of questions, not by the number":
+            measure(error=lambda d: d.std(correction=0) / len(d)),
+        "the root of the variance is missing":
+            measure(error=lambda d: d.var(correction=0) / len(d)),
+        "the spread divides by n here, not by n - 1 (correction=0)":
+            measure(error=lambda d: d.std() / len(d) ** 0.5),
+        "own minus other, not the other way round": lambda own, other:
+            measure()(other, own),
+        "the share of the questions, not how many": measure(change=lambda d: d.sum()),
+        "what was right with the other picture has to be taken away": lambda own, other:
+            (sum(own) / len(own), measure()(own, other)[1]),
+        "as a share, not in percent": lambda own, other:
+            tuple(100 * x for x in measure()(own, other)),
+        "the standard error, not 95 %: without the 1.96":
+            measure(error=lambda d: 1.96 * d.std(correction=0) / len(d) ** 0.5),
+        "first the difference, then its standard error": lambda own, other:
+            measure()(own, other)[::-1],
+    }

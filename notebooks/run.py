@@ -7,8 +7,9 @@
                                                nor solutions
 
 Each runs in a kernel of its own, in this folder. Pictures are not compared, nor the text of cells tagged "volatile":
-what training comes to differs from machine to machine, and the assertions in those cells say within which bounds. Then
-the folded solution of each exercise takes the place of its gap, and the check has to say "Right.".
+what training comes to differs from machine to machine, and the assertions in those cells say within which bounds. Nor
+are those that rest, since a package is missing: they say which. Then the folded solution of each exercise takes the
+place of its gap, and the check has to say "Right.".
 """
 
 import argparse
@@ -28,6 +29,7 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 DUMP = "tests/parity.py --dtype float32 --no-gradients --dump docs/tiny_stages.safetensors"  # as docs/porting.md has it
 LARGEST = 400_000  # bytes of a notebook, with figures of 150 dpi
+RESTS = "This cell needs "  # what a cell prints that does nothing, for lack of a package: lesson.needs
 SECONDS = 300  # of computing that a notebook may take on any machine; waiting for other programs does not count
 
 
@@ -99,11 +101,17 @@ def text(cell):
     return "".join(part for part in parts if not part.startswith("<Figure"))
 
 
+def resting(notebook):
+    """Why cells of a notebook that was run did nothing: what each of them prints."""
+    return [text(cell).strip() for cell in notebook.cells if text(cell).startswith(RESTS)]
+
+
 def differences(kept, fresh):
     """The lines in which the outputs differ, as a diff."""
     found = []
     for i, (a, b) in enumerate(zip(kept.cells, fresh.cells, strict=True)):
-        if a.cell_type == "code" and "volatile" not in tags(a) and text(a) != text(b):
+        compared = a.cell_type == "code" and "volatile" not in tags(a) and not text(b).startswith(RESTS)
+        if compared and text(a) != text(b):
             found += difflib.unified_diff(
                 text(a).splitlines(), text(b).splitlines(), f"cell {i}, kept", f"cell {i}, now", lineterm=""
             )
@@ -182,7 +190,8 @@ def main():
     options = parser.parse_args()
     if options.handout is not None:
         try:
-            print(f"{handout(options.handout)}: seven notebooks without outputs and solutions, and all that they need")
+            folder, number = handout(options.handout), len(notebooks())
+            print(f"{folder}: {number} notebooks without outputs and solutions, and all that they need")
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -206,7 +215,9 @@ def run(options):
         print(f"{file.name:<28} {seconds:5.0f} s of computing{late}{says}", flush=True)
         print("".join(f"  {line}\n" for line in found), end="")
         wrong += [file.name] * bool(found or late)
-        if options.write:
+        if rests := resting(fresh):
+            print(f"  {len(rests)} cells rest{' and nothing is written' * options.write}. {rests[0]}")
+        elif options.write:
             write(file, fresh)
     if options.write and not options.names:
         figures()
