@@ -318,7 +318,7 @@ def main():
     if options.scenes:
         return write_scenes(options.scenes, options.number)
     if smollm2.file() is None:
-        raise SystemExit(f"error: {smollm2.reason()}")
+        raise SystemExit(f"error: small needs its language model: {smollm2.GET}")
     if options.make:
         print(f"{make(options.make)}: give this folder, or small, as --model to llava.py")
     elif options.evaluate:
