@@ -226,6 +226,13 @@ def test_any_grids_and_any_size(grids, pixels, cap, height, width):
         compare_pack(height, width, own)
 
 
+def test_sizes_are_divided_in_float64():
+    """183 pixels in 28 of a grid are 112 pixels of 732: in float32 a little less, and another grid would be taken."""
+    assert anyres.map_size(732, 183, SMALL_NEXT) == (12, 4)
+    assert anyres.count(732, 183, SMALL_NEXT) == reference_count(732, 183, SMALL_NEXT)
+    assert anyres.counts(torch.tensor([[732, 183]]), SMALL_NEXT) == [anyres.count(732, 183, SMALL_NEXT)]
+
+
 def test_the_first_of_equal_grids_is_taken():
     wide, high = (28, 56), (56, 28)
     assert anyres.choose(28, 28, anyres.Plan((wide, high), 28, 7)) == wide
