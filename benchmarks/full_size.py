@@ -221,7 +221,7 @@ def check(folder):
     config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     with torch.device("meta"):
         model = llava.Llava(config)
-    found = weights.scan(model, folder)
+    found = {name for _, name, _ in weights.scan(model, folder).values()}  # a tied head is no tensor of its own
     print(f"  checked {len(found)} tensors in {time.perf_counter() - begin:.2f} s")
 
 
@@ -230,6 +230,8 @@ def compare(model, folder, options):
     size, needed = write(folder, model, options.layers, True, getattr(torch, options.dtype))
     check(folder)
     print(f"  {size / 1e9:.2f} GB in the files, {needed / 1e9:.2f} GB in {options.dtype}", flush=True)
+    if options.check:
+        return
     if needed * 1.05 + 2e9 > available():
         print(f"  not loaded: {available() / 1e9:.1f} GB of memory are free. --layers makes it smaller")
         return
@@ -293,6 +295,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=2, help="loads of each side, in turn (default: %(default)s)")
     parser.add_argument("--picture", action="store_true", help="with a picture of 480 x 640 in front of the prompt")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], default="bfloat16")
+    parser.add_argument("--check", action="store_true", help="names, shapes and sizes alone: nothing is loaded")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--measure", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
