@@ -227,7 +227,7 @@ def test_any_grids_and_any_size(grids, pixels, cap, height, width):
 
 
 def test_sizes_are_divided_in_float64():
-    """183 pixels in 28 of a grid are 112 pixels of 732: in float32 a little less, and another grid would be taken."""
+    """12 rows for 732 pixels are 3 columns for 183: in float32 a little less, and two columns would be cut off."""
     assert anyres.map_size(732, 183, SMALL_NEXT) == (12, 4)
     assert anyres.count(732, 183, SMALL_NEXT) == reference_count(732, 183, SMALL_NEXT)
     assert anyres.counts(torch.tensor([[732, 183]]), SMALL_NEXT) == [anyres.count(732, 183, SMALL_NEXT)]
