@@ -2,13 +2,15 @@
 The published checkpoints at their full size, with random numbers: do they load, in how much time and memory?
 
 Writes a checkpoint with exactly the published names, shapes, dtypes and cuts into shards, then loads it in fresh
-processes, with this code and with transformers in turn, on the CPU in bfloat16, and lets each give a few tokens. Before
-each load the files are put out of the page cache, so that everybody starts from the disk; --warm leaves them there.
+processes, with this code and with transformers in turn, on the CPU in bfloat16, and lets each give a few tokens. Their
+logits behind the prompt are compared; --dtype float32 or float64 tells rounding from a mistake. Before each load the
+files are put out of the page cache, so that everybody starts from the disk; --warm leaves them there.
 
     python benchmarks/full_size.py --models 7b bakllava
     python benchmarks/full_size.py --models 13b --layers 20
     python benchmarks/full_size.py --models interleave-0.5b onevision-0.5b --picture
     python benchmarks/full_size.py --models v1.6-mistral-7b onevision-7b vip-llava-7b --layers 2 --picture
+    python benchmarks/full_size.py --models onevision-7b --layers 2 --picture --dtype float32 --rounds 1
 
 A checkpoint that is larger than the memory is only checked: its files are then all header, and holes where the numbers
 would be.
@@ -30,7 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from published import CONFIGS, COUNTED, DTYPES, FAMILY, PUBLISHED, nbytes, tensors  # noqa: E402
+from published import CONFIGS, COUNTED, DTYPES, FAMILY, PUBLISHED, cut, nbytes, tensors  # noqa: E402
 
 import llama  # noqa: E402
 import llava  # noqa: E402
@@ -55,21 +57,9 @@ TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 # Writing
 
 
-def cut(entries, limit=5_000_000_000):
-    """Into shards, as transformers cut them in 2023: in order, a new one where the limit would be passed."""
-    parts, size = [[]], 0
-    for entry in entries:
-        if size + nbytes(*entry[1:]) > limit:
-            parts.append([])
-            size = 0
-        parts[-1].append(entry)
-        size += nbytes(*entry[1:])
-    return parts
-
-
-def write(folder, model, layers=None, holes=False):
-    """The checkpoint; returns the bytes of its numbers, in the files and in bfloat16. One block of them is written
-    repeatedly.
+def write(folder, model, layers=None, holes=False, dtype=torch.bfloat16):
+    """The checkpoint; returns the bytes of its numbers, in the files and in a dtype. One block of them is written
+    repeatedly, around 1 in norms.
     """
     config = json.loads(json.dumps(MODELS[model]))
     if layers:
@@ -92,7 +82,11 @@ def write(folder, model, layers=None, holes=False):
 
     torch.manual_seed(0)
     block = torch.randn(4_000_037) * 0.02  # a prime number of numbers, so that no two rows are the same
-    blocks = {dtype: memoryview(block.to(dtype).view(torch.uint8).numpy()) for dtype in TYPES}
+    blocks = {
+        (dtype, mean): memoryview((block + mean).to(dtype).view(torch.uint8).numpy())
+        for dtype in TYPES
+        for mean in (0, 1)
+    }
     weight_map = {}
     for number, part in enumerate(parts, start=1):
         name = weights.SINGLE if single else f"model-{number:05}-of-{len(parts):05}.safetensors"
@@ -108,8 +102,9 @@ def write(folder, model, layers=None, holes=False):
             if holes:
                 file.truncate(8 + len(header) + offset)
                 continue
-            for _, shape, dtype in part:
-                fill(file, nbytes(shape, dtype), blocks[dtype])
+            for tensor, shape, dtype in part:
+                is_norm = "norm" in tensor and tensor.endswith("weight")
+                fill(file, nbytes(shape, dtype), blocks[dtype, int(is_norm)])
             file.flush()
             os.fsync(file.fileno())
     kind = family.KINDS[config["model_type"]]
@@ -131,7 +126,7 @@ def write(folder, model, layers=None, holes=False):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<image>", "<pad>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    return sum(sizes), sum(nbytes(shape, torch.bfloat16) for _, shape, _ in entries)
+    return sum(sizes), sum(nbytes(shape, dtype) for _, shape, _ in entries)
 
 
 def fill(file, size, block):
@@ -165,23 +160,24 @@ def inputs_of(folder, picture):
     return inputs | {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
-def measure(side, folder, tokens=4, picture=False):
+def measure(side, folder, dtype, tokens=4, picture=False):
     """In a process of its own: load, remember the time and the peak of the memory,
-    and let the model say a few tokens; with a picture, the first of them by itself.
+    and let the model say a few tokens; with a picture, the first of them by itself. Writes the logits behind the
+    prompt into the folder.
     """
     inputs = inputs_of(Path(folder), picture)
     new = inputs["input_ids"].shape[1]
     begin, cpu = time.perf_counter(), time.process_time()
     if side == "ours":
-        model, _ = llava.load(folder, device="cpu", dtype="bfloat16")
+        model, _ = llava.load(folder, device="cpu", dtype=dtype)
     else:
         import transformers
 
         kind = family.KINDS[json.loads((Path(folder) / "config.json").read_text())["model_type"]]
         cls = getattr(transformers, kind.architecture)
         begin, cpu = time.perf_counter(), time.process_time()  # its imports take seconds and are not the load
-        model = cls.from_pretrained(folder, dtype=torch.bfloat16)
-        inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in inputs.items()}
+        model = cls.from_pretrained(folder, dtype=dtype)
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     seconds, cpu, peak = time.perf_counter() - begin, time.process_time() - cpu, high_water()
 
     def talk(tokens):
@@ -196,6 +192,8 @@ def measure(side, folder, tokens=4, picture=False):
     seconds_of, ids = talk(tokens)
     got = {"seconds": seconds, "cpu": cpu, "peak": peak, "talk": seconds_of, "peak_talk": high_water()}
     got |= {"first": first, "word": (seconds_of - talk(1)[0]) / (tokens - 1) if picture else 0.0}
+    with torch.no_grad():
+        torch.save(model(**inputs, logits_to_keep=1).logits[0, -1].double(), Path(folder) / f"{side}.logits")
     print(json.dumps({**got, "ids": ids[0].tolist()}))
 
 
@@ -223,32 +221,36 @@ def check(folder):
     config = weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
     with torch.device("meta"):
         model = llava.Llava(config)
-    found = weights.scan(model, folder)
+    found = {name for _, name, _ in weights.scan(model, folder).values()}  # a tied head is no tensor of its own
     print(f"  checked {len(found)} tensors in {time.perf_counter() - begin:.2f} s")
 
 
 def compare(model, folder, options):
     print(f"{model}{f', {options.layers} layers' if options.layers else ''}", flush=True)
-    size, needed = write(folder, model, options.layers, holes=True)
+    size, needed = write(folder, model, options.layers, True, getattr(torch, options.dtype))
     check(folder)
-    print(f"  {size / 1e9:.2f} GB in the files, {needed / 1e9:.2f} GB in bfloat16", flush=True)
+    print(f"  {size / 1e9:.2f} GB in the files, {needed / 1e9:.2f} GB in {options.dtype}", flush=True)
+    if options.check:
+        return
     if needed * 1.05 + 2e9 > available():
         print(f"  not loaded: {available() / 1e9:.1f} GB of memory are free. --layers makes it smaller")
         return
     write(folder, model, options.layers)
     print("  | side         | load s | load CPU s | peak GB | peak / weights | 4 tokens s | peak with them GB | ids")
-    best = {}
+    best, ids = {}, {}
     for _ in range(options.rounds):
         for side in options.sides:
             if not options.warm:
                 drop(folder)
             command = [sys.executable, __file__, "--measure", side, "--folder", str(folder)]
+            command += ["--dtype", options.dtype]
             command += ["--picture"] if options.picture else []
             result = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=1800)
             if result.returncode:
                 print(f"  | {side:12} | stopped with status {result.returncode}")
                 continue
             got = json.loads(result.stdout.splitlines()[-1])
+            ids[side] = got["ids"]
             print(
                 f"  | {side:12} | {got['seconds']:6.1f} | {got['cpu']:10.1f} | {got['peak'] / 1e9:7.2f} "
                 f"| {got['peak'] / needed:14.3f} | {got['talk']:10.1f} | {got['peak_talk'] / 1e9:17.2f} | {got['ids']}",
@@ -272,6 +274,13 @@ def compare(model, folder, options):
             f"{ratios['cpu']:.2f}, peak {ratios['peak']:.2f}, load and 4 tokens {whole:.2f}",
             flush=True,
         )
+        a, b = (torch.load(folder / f"{side}.logits") for side in ("ours", "transformers"))
+        said = "the same ids" if ids["ours"] == ids["transformers"] else "other ids"
+        print(
+            f"  {said}; of the logits behind the prompt in {options.dtype} the largest difference is "
+            f"{(a - b).abs().max() / b.abs().max():.1e} of the largest one",
+            flush=True,
+        )
 
 
 def main():
@@ -285,12 +294,15 @@ def main():
     parser.add_argument("--layers", type=int, help="of the language model, to scale it down")
     parser.add_argument("--rounds", type=int, default=2, help="loads of each side, in turn (default: %(default)s)")
     parser.add_argument("--picture", action="store_true", help="with a picture of 480 x 640 in front of the prompt")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float64"], default="bfloat16")
+    parser.add_argument("--check", action="store_true", help="names, shapes and sizes alone: nothing is loaded")
     parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--measure", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the files are removed then, too
     if options.measure:
-        return measure(options.measure, str(options.folder), picture=options.picture)
+        dtype = getattr(torch, options.dtype)
+        return measure(options.measure, str(options.folder), dtype, picture=options.picture)
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         for model in options.models:

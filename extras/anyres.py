@@ -40,6 +40,7 @@ image_sizes.
     M        positions of a picture in the prompt
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
@@ -249,9 +250,13 @@ def lone(input_ids, image_token, image_sizes, plan):
 
 def check_sizes(image_sizes):
     """image_sizes (N, 2) as a list of pairs of Python's whole numbers. Raises ValueError if they are something else."""
-    sizes = image_sizes if isinstance(image_sizes, torch.Tensor) else torch.tensor(image_sizes)
-    if sizes.dim() != 2 or sizes.shape[1] != 2 or not len(sizes) or sizes.is_floating_point() or (sizes < 1).any():
-        raise ValueError(f"image_sizes has to hold (height, width) of each picture in whole pixels, not {sizes!r:.200}")
+    sizes = None
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what is no table of numbers
+        sizes = torch.as_tensor(image_sizes)
+    wrong = sizes is None or sizes.dim() != 2 or sizes.shape[1] != 2 or not len(sizes) or sizes.is_floating_point()
+    if wrong or (sizes < 1).any():
+        given = " ".join(repr(image_sizes).split())
+        raise ValueError(f"image_sizes has to hold (height, width) of each picture in whole pixels, not {given:.200}")
     return sizes.tolist()
 
 
@@ -274,6 +279,9 @@ def features(encode, pixel_values, image_sizes, plan, newline, alone=None):
     number = [tiles(*size, plan, a) for size, a in zip(sizes, alone, strict=True)]
     if len(shape) != 5 or shape[0] != len(sizes) or shape[1] < max(number):
         raise ValueError(f"image_sizes {sizes!r:.80} ({number!r:.80} tiles) do not belong to pixel_values of {shape}")
+    for i, (own, n) in enumerate(zip(pixel_values, number, strict=True)):
+        if own[n:].any():  # of sizes in another order, say
+            raise ValueError(f"image_sizes {sizes[i]} give picture {i} {n} tiles, and it has more in pixel_values")
     x = encode(torch.cat([own[:n] for own, n in zip(pixel_values, number, strict=True)]))  # (all tiles, P, D)
     return [pack(own, *size, plan, newline) for own, size in zip(x.split(number), sizes, strict=True)]
 

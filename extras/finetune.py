@@ -58,8 +58,9 @@ def learners(model, stage, rank=0, rate=None, seed=0):
     groups = [(list(model.projector.parameters()), RATES["projector"] if stage == 1 else RATES["language model"])]
     if rank:
         groups.append((lora.add(model, rank, torch.Generator().manual_seed(seed)), RATES["lora"]))
-    elif stage == 2:
-        groups.append((list(model.llama.parameters()), RATES["language model"]))
+    elif stage == 2:  # with the newline of pictures in tiles, which stands where words do
+        newline = [] if model.image_newline is None else [model.image_newline]
+        groups.append(([*model.llama.parameters(), *newline], RATES["language model"]))
     for parameters, _ in groups:
         for parameter in parameters:  # 16 bits are too coarse for small steps
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

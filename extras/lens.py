@@ -75,8 +75,8 @@ def trace(model, **inputs):
     """One forward pass → {stage: tensor}, in the order in which they were computed. inputs: those of Llava.forward."""
     found = {}
     if inputs.get("input_ids") is not None:
-        ids = inputs["input_ids"], inputs.get("pixel_values"), inputs.get("attention_mask"), inputs.get("kv_cache")
-        found["ids"] = model.expanded(*ids)[0]
+        names = ("input_ids", "pixel_values", "attention_mask", "kv_cache", "image_sizes")
+        found["ids"] = model.expanded(**{name: inputs.get(name) for name in names})[0]
     if inputs.get("pixel_values") is not None:
         found["pixels"] = inputs["pixel_values"]
     with hear(model, found.__setitem__):
@@ -168,6 +168,13 @@ def rectangles(down, across):
     return np.stack([across[columns, 0], down[rows, 0], across[columns, 1], down[rows, 1]], axis=1)
 
 
+def photo_boxes(width, height, grid):
+    """The rectangles of a grid over a photo, row by row: (grid², 4) left, top, right, bottom, in its pixels."""
+    ends = np.arange(grid + 1) / grid
+    down, across = (np.stack([ends[:-1], ends[1:]], axis=1) * edge for edge in (height, width))
+    return rectangles(down, across)
+
+
 def onto_grid(boxes, width, height, grid):
     """Which part of each box (M, 4) lies in each cell of a grid over a picture → (M, grid²), fractions of the box.
 
@@ -237,6 +244,8 @@ def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
     reach: how many patches around each one are covered with it. fill: what is painted there, as a pixel value; None:
     the picture's median colour, which is as good as background. (Zeiler and Fergus 2014, section 4.2.)
     """
+    if pixel_values.dim() != 4:
+        raise ValueError("a picture in tiles shows each place more than once: occlusion_on_photo covers all of them")
     grid, size = model.vision.grid, model.config.vision_config.patch_size
     if fill is None:
         fill = pixel_values[0].flatten(1).median(1).values[:, None, None]
@@ -250,6 +259,33 @@ def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
     return torch.stack(falls)
 
 
+@torch.no_grad()
+def occlusion_on_photo(model, processor, answer, input_ids, images, which=0, grid=None, reach=0, fill=None, pad=None):
+    """The same for every checkpoint, on the photo itself → (grid²,), one for each cell of a grid over it, row by row.
+
+    A place that a picture in tiles shows is in the whole and in a tile, or in several: so it is covered on the photo,
+    and this is cut and scaled anew. images: PIL images, as the prompt has them; the one with the number `which` is
+    covered. grid: cells along a side, None: as many as a tile has patches; photo_boxes says where they are. fill: a
+    colour, None: the photo's median. pad: as in Processor.
+    """
+    photo, grid = vision.to_rgb(images[which]), model.vision.grid if grid is None else grid
+    if fill is None:
+        fill = tuple(int(level) for level in np.median(np.asarray(photo), axis=(0, 1)))
+    x, y = (np.rint(np.arange(grid + 1) * edge / grid).astype(int).tolist() for edge in photo.size)
+
+    def worth(own):
+        shown = [*images[:which], own, *images[which + 1 :]]
+        return model.score([answer], input_ids, **processor.pixels(shown, input_ids, pad))[0]
+
+    whole, falls = worth(photo), []
+    for row, column in np.ndindex(grid, grid):
+        covered, up, left = photo.copy(), max(0, row - reach), max(0, column - reach)
+        down, right = min(grid, row + reach + 1), min(grid, column + reach + 1)
+        covered.paste(fill, (x[left], y[up], x[right], y[down]))
+        falls.append(whole - worth(covered))
+    return torch.stack(falls)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Showing
 
@@ -257,7 +293,8 @@ def occlusion(model, answer, input_ids, pixel_values, reach=0, fill=None):
 def heat(ax, image, values, boxes, title="", limit=None):
     """Lay one value for each patch (P,) over the picture: above 0 magenta, below it cyan, and 0 leaves it as it is.
 
-    boxes: from patch_boxes. limit: the value that has full colour; without one, the largest there is, however small.
+    boxes: from patch_boxes or photo_boxes. limit: the value that has full colour; without one, the largest there is,
+    however small.
     """
     values = torch.as_tensor(values).float().cpu()
     grid = round(len(values) ** 0.5)

@@ -125,11 +125,17 @@ COUNTED = {  # tensors and parameters by the shapes; the first two and the 7b of
     "v1.6-vicuna-13b": (759, 13_351_499_776), "llama3-next-8b": (687, 8_355_276_800),
     "onevision-0.5b": (716, 893_675_552), "onevision-7b": (765, 8_030_807_584),
 }  # fmt: skip
-DTYPES = {  # tower, projector and language model as stored: BakLlava's files are mixed
+DTYPES = {  # tower, language model, and projector if it has one of its own, as stored: some files are mixed
     "7b": (torch.float16, torch.float16),
     "13b": (torch.float16, torch.float16),
     "bakllava": (torch.float32, torch.bfloat16),
 } | {name: (getattr(torch, config["torch_dtype"]),) * 2 for name, config in FAMILY.items()}
+for name in ("llama-3-8b", "phi-3-mini"):  # by the sizes of their shards
+    DTYPES[name] = *DTYPES[name], torch.float32
+SHARDS = {  # GB of numbers in each file, to the digits that the Hub shows; of the others they are not known
+    "interleave-0.5b": [1.73], "llama-3-8b": [5.00, 4.92, 5.00, 1.84], "phi-3-mini": [4.99, 3.31],
+    "v1.6-mistral-7b": [4.92, 4.92, 4.92, 0.38],
+}  # fmt: skip
 PUBLISHED = {  # tensors, metadata.total_size, bytes of numbers in each shard (the last ones to three digits of a GB)
     "7b": (686, 14_126_854_144, [4_992_864_256, 4_957_863_936, 4_176_125_952]),
     "13b": (758, 26_702_989_312, [4.96e9, 4.97e9, 4.88e9, 4.93e9, 4.93e9, 2.02e9]),
@@ -137,9 +143,21 @@ PUBLISHED = {  # tensors, metadata.total_size, bytes of numbers in each shard (t
 }
 
 
-def tensors(config, tower_dtype, text_dtype):
+def cut(entries, limit=5_000_000_000):
+    """Into shards, as transformers cut them in 2023: in order, a new one where the limit would be passed."""
+    parts, size = [[]], 0
+    for entry in entries:
+        if size + nbytes(*entry[1:]) > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(entry)
+        size += nbytes(*entry[1:])
+    return parts
+
+
+def tensors(config, tower_dtype, text_dtype, projector_dtype=None):
     """Names, shapes and dtypes in the order of the published files,
-    written out here by themselves, apart from weights.py.
+    written out here by themselves, apart from weights.py. projector_dtype: None, that of the language model.
     """
     tower, text = config["vision_config"], config["text_config"]
     width, inner = tower["hidden_size"], tower["intermediate_size"]
@@ -173,7 +191,7 @@ def tensors(config, tower_dtype, text_dtype):
         shapes |= {f"{norm}.weight": [width], f"{norm}.bias": [width]}
     shapes |= {"multi_modal_projector.linear_1.weight": [wide, width], "multi_modal_projector.linear_1.bias": [wide]}
     shapes |= {"multi_modal_projector.linear_2.weight": [wide, wide], "multi_modal_projector.linear_2.bias": [wide]}
-    start = "language_model.model."
+    start, bridged = "language_model.model.", len(shapes)
     shapes[f"{start}embed_tokens.weight"] = [text["vocab_size"], wide]
     for i in range(text.get("num_hidden_layers", 32)):
         block = f"{start}layers.{i}."
@@ -189,7 +207,9 @@ def tensors(config, tower_dtype, text_dtype):
         del shapes["language_model.lm_head.weight"]
     if "image_grid_pinpoints" in config:
         shapes["image_newline"] = [wide]
-    return [(name, shape, tower_dtype if i < seen else text_dtype) for i, (name, shape) in enumerate(shapes.items())]
+    dtypes = [tower_dtype] * seen + [projector_dtype or text_dtype] * (bridged - seen)
+    dtypes += [text_dtype] * (len(shapes) - bridged)
+    return [(name, shape, dtype) for (name, shape), dtype in zip(shapes.items(), dtypes, strict=True)]
 
 
 def nbytes(shape, dtype):

@@ -1,5 +1,6 @@
 """The line of LLaVAs, each kind beside transformers: every stage, and everything that works for LLaVA-1.5."""
 
+import importlib
 import json
 import shutil
 
@@ -12,12 +13,14 @@ import transformers
 from checkpoints import rename
 from inputs import close
 from line import TILED, photo
+from reference import published_names
 from safetensors.torch import load_file, save_file
 
 import llama
 import llava
 import vision
 import weights
+from extras import quantize, recorded, speed
 
 SIZES = [(40, 61), (28, 28), (90, 33), (300, 21)]  # with rows trimmed, with columns, nearly nothing
 
@@ -115,15 +118,44 @@ def test_a_saved_checkpoint_is_the_same_to_both(made, name, tmp_path):
 
 
 def test_auto_processor_prepares_the_same(made, name, tmp_path):
-    if name == "onevision":
-        pytest.skip("its processor cannot be built without torchvision")
+    """OneVision's cannot be built without torchvision; its two parts can."""
     model, processor, _ = made.pair(name)
     llava.save(model, processor, tmp_path / "saved")
-    theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "saved", use_fast=False)
     text, image = processor.prompt("What?"), photo(40, 61)
-    found, inputs = theirs(text=text, images=image, return_tensors="pt"), processor(text, image)
-    assert torch.equal(found["input_ids"], model.expanded(**inputs)[0])
+    inputs = processor(text, image)
+    ids = model.expanded(**inputs)[0]
+    if name == "onevision":
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+        pictures = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved", backend="pil")
+        token, number = processor.image_token, int((ids == model.config.image_token_index).sum())
+        found = tokenizer(text.replace(token, token * number), return_tensors="pt")
+        found = {**found, **pictures(image, return_tensors="pt")}
+    else:
+        theirs = transformers.AutoProcessor.from_pretrained(tmp_path / "saved", use_fast=False)
+        found = theirs(text=text, images=image, return_tensors="pt")
+    assert torch.equal(found["input_ids"], ids)
     assert torch.equal(found["pixel_values"].float(), inputs["pixel_values"])
+    assert name not in TILED or torch.equal(found["image_sizes"], inputs["image_sizes"])
+
+
+@pytest.mark.slow
+def test_what_transformers_saves_is_read(made, name, tmp_path):
+    """Its own names of tensors and fields, its own split; and where it can be built, its processor's files."""
+    model, processor, reference = made.pair(name)
+    reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 1
+    if name == "onevision":
+        for file in ("tokenizer.json", "preprocessor_config.json"):
+            shutil.copy(made.folder(name) / file, tmp_path)
+    else:
+        llava.save(model, processor, tmp_path / "ours")
+        transformers.AutoProcessor.from_pretrained(tmp_path / "ours", use_fast=False).save_pretrained(tmp_path)
+        assert "image_processor" in json.loads((tmp_path / "processor_config.json").read_text())
+    again, reader = llava.load(str(tmp_path), device="cpu", dtype=torch.float64)
+    inputs = processor.chat([("user", "What?")], [photo(40, 61)])
+    found = reader.chat([("user", "What?")], [photo(40, 61)])
+    assert {*found} == {*inputs} and all(torch.equal(found[key], inputs[key]) for key in inputs)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("layout", "BCDE")
@@ -191,14 +223,91 @@ def test_biases_are_kept_by_quantised_layers(made, name, quantize):
     assert torch.cosine_similarity(small(**inputs).logits, model(**inputs).logits.float(), dim=-1).min() > 0.8
 
 
-def test_biases_are_kept_by_packed_layers(made):
-    plain = llava.load(str(made.folder("interleave")), device="cpu", dtype=torch.bfloat16)[0]
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantised_layers_compute_with_the_numbers_that_they_hold(made, name, quantize):
+    """As a plain model does whose matrices are what these layers make of single inputs, near those of the file."""
+    small, processor = llava.load(str(made.folder(name)), device="cpu", dtype="float32", quantize=quantize)
+    plain, _ = llava.load(str(made.folder(name)), device="cpu", dtype="float32")
+    layers = [(path, layer) for path, layer in plain.llama.named_modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == 7 * len(plain.llama.blocks) + 1
+    with torch.no_grad():
+        for path, layer in layers:
+            held = small.llama.get_submodule(path)(torch.eye(layer.in_features))
+            held = (held if layer.bias is None else held - layer.bias).T.contiguous()
+            away = (held - layer.weight).norm() / layer.weight.norm()
+            assert 1e-4 < away < (0.01 if quantize == "int8" or path == "head" else 0.12), path
+            layer.weight = torch.nn.Parameter(held)
+    inputs = processor.chat([("user", "What?")], [photo(40, 61)])
+    ours, theirs = small(**inputs).logits, plain(**inputs).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.std().item())
+    assert torch.equal(small.generate(**inputs, max_new_tokens=5), plain.generate(**inputs, max_new_tokens=5))
+
+
+@pytest.mark.skipif(not quantize.PackedLinear.works(torch.bfloat16), reason="this processor does not multiply bfloat16")
+def test_packed_layers_give_the_same_numbers(made, name, monkeypatch):
+    """With their biases, where a kind has some; after which each answers as the plain ones do."""
+    monkeypatch.setitem(speed.FIXED, "products", "packed")
+    plain = llava.load(str(made.folder(name)), device="cpu", dtype=torch.bfloat16)[0]
     with torch.inference_mode():
-        packed, processor = llava.load(str(made.folder("interleave")), device="cpu", dtype=torch.bfloat16)
+        packed, processor = llava.load(str(made.folder(name)), device="cpu", dtype=torch.bfloat16)
+        assert {type(block.attention.wq) for block in packed.llama.blocks} == {quantize.PackedLinear}
+        for ours, theirs in zip(packed.llama.blocks, plain.llama.blocks, strict=True):
+            for letter in ("wq", "wk", "wv", "wo"):
+                x = torch.randn(3, ours.attention.wq.in_features, dtype=torch.bfloat16)
+                layer, twin = getattr(ours.attention, letter), getattr(theirs.attention, letter)
+                torch.testing.assert_close(layer(x), twin(x), rtol=0.02, atol=0.02)
         inputs = processor.chat([("user", "What?")], [photo(40, 61)])
-        torch.testing.assert_close(packed(**inputs).logits, plain(**inputs).logits, rtol=0.05, atol=0.3)
-        layer = packed.llama.blocks[0].attention.wq
-        torch.testing.assert_close(layer(torch.zeros(1, 48, dtype=torch.bfloat16))[0], layer.bias)
+        found, expected = packed(**inputs).logits.float(), plain(**inputs).logits.float()
+        assert (found - expected).norm() < 0.05 * expected.norm()
+        assert packed.generate(**inputs, max_new_tokens=3).shape[0] == 1
+
+
+COMPILED = ("joycaption", "onevision")  # with frequencies of its own, and with biases and tied: by the compiler itself
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_recorded_step_is_the_plain_step(made, name, quantize, monkeypatch):
+    """Behind a picture, across the edge of a window; what is recorded is run by Python itself in most kinds."""
+    if name not in COMPILED or not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda function, **more: compile(function, backend="eager", **more))
+        monkeypatch.setattr(recorded, "check_compiler", lambda device: None)
+    settings = dict(device="cpu", dtype="float32", quantize=quantize)
+    fast, processor = llava.load(str(made.folder(name)), **settings, compile=True)
+    plain, _ = llava.load(str(made.folder(name)), **settings)
+    inputs = processor.chat([("user", "What?")], [photo(40, 61)])
+    monkeypatch.setattr(recorded, "WINDOW", plain.expanded(**inputs)[0].shape[1] + 3)
+    torch._dynamo.reset()
+    cache = fast.init_kv_cache(1, 3 * recorded.WINDOW)
+    found = fast.generate(**inputs, max_new_tokens=8, kv_cache=cache)
+    assert torch.equal(found, plain.generate(**inputs, max_new_tokens=8)) and found.shape == (1, 8)
+    assert len(fast.llama.run.recorded.functions) == 2  # so both windows have been recorded
+
+
+@pytest.mark.parametrize("known", published.FAMILY)
+def test_memory_is_judged_before_a_byte_of_weights(tmp_path, monkeypatch, known):
+    """By the published config: what has a byte too few for all numbers is refused. A scale of int4 takes some bits."""
+    from extras import checks
+
+    (tmp_path / "config.json").write_text(json.dumps(published.FAMILY[known]))
+    read = weights.read_config(tmp_path, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
+    with torch.device("meta"):
+        model = llava.Llava(read)
+    everything, head = published.COUNTED[known][1], model.llama.head.weight.numel()
+    matrices = sum(x.weight.numel() for x in model.llama.blocks.modules() if isinstance(x, torch.nn.Linear))
+    rest = 2 * (everything - matrices - (0 if read.tie_word_embeddings else head)) + head  # that is 8 bits in both
+    for quantize_to, least, most in (
+        (None, 2 * everything, 2 * everything),
+        ("int8", rest + matrices, rest + int(1.01 * matrices)),
+        ("int4", rest + matrices // 2, rest + int(0.65 * matrices)),
+    ):
+        limits = iter([(most, "this machine"), (least - 1, "this machine")])
+        monkeypatch.setattr(speed.memory, "limit", lambda processes, limits=limits: next(limits))
+        speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, quantize_to)
+        with pytest.raises(ValueError, match=r"the weights take \d+\.\d GB in bfloat16 and the cpu has"):
+            speed.check_before_download(model, torch.device("cpu"), torch.bfloat16, quantize_to)
 
 
 def test_the_vocabulary_may_be_resized(made, name):
@@ -329,6 +438,22 @@ def test_what_is_absent_is_the_classs_default(tmp_path, kind):
                 assert mine == (list(his) if isinstance(his, tuple) else his), field
 
 
+@pytest.mark.parametrize("name", ["llama-3", "interleave", "next-vicuna", "onevision"])
+def test_numbers_of_pictures_that_a_file_leaves_out_are_its_classs(made, tmp_path, name):
+    """SigLIP's class has a mean of its own, OneVision's has CLIP's."""
+    folder, file = config_of(made, name, tmp_path), "preprocessor_config.json"
+    values = json.loads((folder / file).read_text())
+    left = {key: value for key, value in values.items() if key not in ("image_mean", "image_std")}
+    (folder / file).write_text(json.dumps(left))
+    _, processor = llava.load(str(folder), device="cpu")
+    module = {"CLIP": "clip", "Siglip": "siglip", "LlavaNext": "llava_next", "LlavaOnevision": "llava_onevision"}
+    kind = values["image_processor_type"].removesuffix("ImageProcessor")
+    place = importlib.import_module(f"transformers.models.{module[kind]}.image_processing_pil_{module[kind]}")
+    theirs = getattr(place, f"{kind}ImageProcessorPil")()
+    config = processor.preprocess_config
+    assert [*config.image_mean] == [*theirs.image_mean] and [*config.image_std] == [*theirs.image_std]
+
+
 @pytest.mark.parametrize("name", published.FAMILY)
 def test_the_published_tensors_are_those_of_the_model(tmp_path, name):
     """Each of them, by name and shape, from the published config; and every parameter has one."""
@@ -346,6 +471,38 @@ def test_the_published_tensors_are_those_of_the_model(tmp_path, name):
     back = {weights.translate(key, weights.THEIRS) for key in expected}
     theirs = {key for key, *_ in published.tensors(config, *kinds)}
     assert back - {"language_model.lm_head.weight"} == theirs - {"language_model.lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in ("interleave-0.5b", "onevision-7b") else pytest.mark.slow)
+    for name in published.CONFIGS | published.FAMILY
+])  # fmt: skip
+def test_the_published_tensors_are_those_of_transformers(name):
+    """By name and shape, from its own classes on the meta device; so many, and so many numbers, as are counted."""
+    config = (published.CONFIGS | published.FAMILY)[name]
+    cls = getattr(transformers, config["architectures"][0])
+    with torch.device("meta"):
+        model = cls(cls.config_class(**{key: value for key, value in config.items() if value is not None}))
+    theirs = {key: list(tensor.shape) for key, tensor in published_names(model).items()}
+    if config.get("tie_word_embeddings"):
+        del theirs["language_model.lm_head.weight"]
+    entries = published.tensors(config, *published.DTYPES[name])
+    assert {key: list(shape) for key, shape, _ in entries} == theirs and len(entries) == len(theirs)
+    if name in published.COUNTED:
+        assert published.COUNTED[name] == (len(entries), sum(torch.Size(shape).numel() for _, shape, _ in entries))
+
+
+@pytest.mark.parametrize("name", published.SHARDS)
+def test_published_files_are_as_large_as_their_dtypes_say(name):
+    """Of two the shards tell that the projector is in float32: in 16 bits they would be smaller."""
+    entries = published.tensors(published.FAMILY[name], *published.DTYPES[name])
+    sizes = [sum(published.nbytes(*entry[1:]) for entry in part) / 1e9 for part in published.cut(entries)]
+    assert [round(size, 2) for size in sizes] == published.SHARDS[name]
+    kinds = {"tower": set(), "projector": set(), "model": set(), "newline": set()}
+    for key, _, dtype in entries:
+        next(found for part, found in kinds.items() if part in key.split(".")[0]).add(dtype)
+    assert all(len(found) <= 1 for found in kinds.values())
+    assert (kinds["projector"] == {torch.float32}) == (name in ("llama-3-8b", "phi-3-mini"))
 
 
 @pytest.mark.parametrize("window, expected", [(None, None), (7, 7), (..., 4096)])

@@ -1,5 +1,8 @@
 """The parity ladder: every stage of ours against transformers, on random checkpoints in the published layout."""
 
+import re
+
+import line
 import parity
 import pytest
 import torch
@@ -85,6 +88,27 @@ def test_the_command_compares_with_transformers(checkpoints, family, picture, tm
     picture.save(tmp_path / "picture.png")
     assert parity.main([str(checkpoints[family]), "--image", str(tmp_path / "picture.png")]) == 0
     assert "all within their bounds" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", line.LINE)
+def test_the_command_compares_each_of_the_line(made, name, tmp_path, capsys):
+    """With the stages of tiles where there are some, and a wrong one among them is named by a dump."""
+    line.photo(40, 61).save(tmp_path / "photo.png")
+    command = [str(made.folder(name)), "--image", str(tmp_path / "photo.png")]
+    assert parity.main(command) == 0
+    out = capsys.readouterr().out
+    tiled = name in line.TILED
+    assert [bool(re.search(f"^{stage} ", out, re.M)) for stage in ("sizes", "packed", "newline")] == [tiled] * 3
+    assert "all within their bounds" in out and "only one of the two" not in out
+    file = str(tmp_path / "stages.safetensors")
+    assert parity.main([*command, "--no-gradients", "--dump", file]) == 0
+    stages, about = parity.read_stages(file)
+    for wrong in ("sizes", "packed", "newline") if tiled else ("projector",):
+        changed = {**stages, wrong: stages[wrong].flip(-1)}
+        parity.write_stages(changed, file, **about)
+        assert parity.main([*command, "--no-gradients", "--against", file]) == 1
+        assert f"{wrong} is the first that diverges, 1 in all" in capsys.readouterr().out
 
 
 def test_the_command_dumps_and_compares_a_file_of_stages(checkpoints, picture, tmp_path, capsys):

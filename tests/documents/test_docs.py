@@ -414,6 +414,13 @@ def figures(folder):
     }
 
 
+def test_the_notebooks_are_counted():
+    words = ["five", "six", "seven", "eight", "nine", "ten"]
+    number = words[len([*(ROOT / "notebooks").glob("*.ipynb")]) - 5]
+    said = re.findall(r"\b(\w+) (?:notebooks\b|lessons that)", text("README.md").lower())
+    assert [word for word in said if word in words] == [number] * 3
+
+
 @pytest.mark.parametrize("name", line_facts.FAMILY)
 def test_a_row_of_the_line_is_what_its_config_gives(tmp_path, name):
     """Its memory, the positions of a picture, and its prompt."""

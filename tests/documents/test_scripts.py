@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import published
 import pytest
 from PIL import Image
 from reference import ROOT
@@ -97,6 +98,23 @@ def test_help_writes_nothing(asked):
 ])  # fmt: skip
 def test_a_script_is_seen(source, found):
     assert is_script(source) == found
+
+
+@pytest.mark.slow
+def test_the_checkpoints_at_full_size_are_those_that_are_published(tmp_path):
+    """Each of the line, its files all header and holes: so many tensors, and so many GB, as are counted elsewhere."""
+    models = [*published.CONFIGS, *published.FAMILY]
+    command = [sys.executable, "benchmarks/full_size.py", "--check", "--folder", str(tmp_path), "--models", *models]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    counts = {name: published.COUNTED[name][0] for name in published.FAMILY}
+    counts |= {name: published.PUBLISHED[name][0] for name in published.CONFIGS}
+    said = dict(re.findall(r"^(\S+)\n  checked (\d+) tensors in ", run.stdout, re.M))
+    assert said == {name: str(counts[name]) for name in models} and not [*tmp_path.iterdir()]
+    sizes = re.findall(r"^  ([\d.]+) GB in the files", run.stdout, re.M)
+    for name, size in zip(models, sizes, strict=True):
+        if name in published.SHARDS:
+            assert abs(float(size) - sum(published.SHARDS[name])) < 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------------

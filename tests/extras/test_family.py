@@ -15,7 +15,7 @@ from line import TILED, photo
 import llama
 import llava
 import weights
-from extras import checks, explain, family, turn
+from extras import chat, checks, explain, family, recorded, turn
 
 
 @pytest.mark.parametrize("name", family.KINDS)
@@ -140,7 +140,7 @@ def test_trace_and_explain_look_into_each(asked, tmp_path):
 
 def test_a_conversation_in_which_a_picture_is_added(asked):
     """Each turn reads what is new alone, and answers as the whole conversation would."""
-    name, _, model, processor, _, images = asked
+    _, _, model, processor, _, images = asked
     options = SimpleNamespace(
         temperature=0.0, top_k=None, top_p=1.0, seed=None, max_new_tokens=4, num_beams=1, show_prompt=False, pad=None
     )  # fmt: skip
@@ -156,12 +156,57 @@ def test_a_conversation_in_which_a_picture_is_added(asked):
             assert before[-1] in model.config.eos_token_ids
             ids = [*ids[:-1], *processor.tokenizer.encode_pieces(pieces)]
         so_far = images[: 2 if words == "And this?" else 1]
-        answered = model.generate(**processor.prepare([ids], so_far), max_new_tokens=4)[0].tolist()
+        answered = model.generate(**whole_conversation(model, processor, ids, so_far), max_new_tokens=4)[0].tolist()
         ended = answered[-1] in model.config.eos_token_ids
         ids += answered + ([] if ended else [processor.eos_id])
         assert ids[-len(conversation.ids) :] == conversation.ids
-        if name == "onevision":
-            break  # with the second picture, the first would be another one: a tile
+
+
+def whole_conversation(model, processor, ids, images):
+    """What the model takes for ids with one token for each picture, each of which was alone in its turn."""
+    if not images:
+        return processor.prepare([ids], [])
+    each = [processor.prepare([[processor.image_id]], [image]) for image in images]
+    counts = iter([model.expanded(**one)[0].shape[1] for one in each])
+    ids = [i for token in ids for i in [token] * (next(counts) if token == processor.image_id else 1)]
+    pixels = torch.nn.utils.rnn.pad_sequence([one["pixel_values"][0] for one in each], batch_first=True)
+    if model.image_newline is None:
+        pixels = torch.cat([one["pixel_values"] for one in each])
+    sizes = {"image_sizes": torch.cat([one["image_sizes"] for one in each])} if "image_sizes" in each[0] else {}
+    return {"input_ids": torch.tensor([ids]), "pixel_values": pixels, **sizes}
+
+
+def test_chat_by_the_command_line_adds_a_picture(asked, main, made, monkeypatch):
+    name, _, model, processor, files, images = asked
+    typed = iter(["What?", f"/image {files[1]}", "And this?"])
+    monkeypatch.setattr(chat, "read_line", lambda: next(typed, None))
+    settings = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 4, "--show-prompt"]
+    run = main("--model", made.folder(name), "--chat", "--image", files[0], *settings)
+    assert run.status == 0 and "error" not in run.err, run.err
+    asked_first = processor.tokenizer.encode_pieces(processor.pieces([("user", "What?")], 1))
+    ids, shown = [*processor.tokenizer.bos, *asked_first], ""
+    for so_far in (images[:1], images):
+        answered = model.generate(**whole_conversation(model, processor, ids, so_far), max_new_tokens=4)[0].tolist()
+        shown += "".join(turn.as_text(processor.tokenizer, answered)) + "\n"
+        end = answered if answered[-1] in model.config.eos_token_ids else [*answered, processor.eos_id]
+        behind = processor.tokenizer.encode_pieces(processor.pieces([("user", "And this?")], 1, going_on=True))
+        ids = [*ids, *end[:-1], *behind]
+    assert run.out == shown
+    assert run.err.count("expanded to ") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--quantize", "int8"], ["--quantize", "int4"], ["--compile"], ["--pad"]], ids=str)
+def test_the_command_line_takes_its_options_with_each(asked, made, options, monkeypatch):
+    name, ask, _, _, _, images = asked
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **more: compile(function, backend="eager", **more))
+    monkeypatch.setattr(recorded, "check_compiler", lambda device: None)
+    quantize = options[1] if "--quantize" in options else None
+    model, processor = llava.load(str(made.folder(name)), device="cpu", dtype="float32", quantize=quantize)
+    inputs = processor.chat([("user", "What?")], images, True if "--pad" in options else None)
+    expected = turn.as_text(processor.tokenizer, model.generate(**inputs, max_new_tokens=5)[0])
+    assert ask("--prompt", "What?", *options).out.strip() == "".join(expected).strip()
 
 
 def test_cells_of_the_page_take_what_falls_on_them():

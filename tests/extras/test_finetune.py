@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import Namespace
 
+import line
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -147,6 +148,34 @@ def test_loss_and_gradients_are_those_of_the_reference(folder, stage):
     theirs = reference(**for_reference(made, model))
     theirs.loss.backward()
     assert loss == pytest.approx(theirs.loss.item(), rel=1e-6)
+    compare_gradients(model, reference, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", line.LINE)
+def test_each_of_the_line_is_trained_as_the_reference_is(made, tmp_path, name):
+    """A batch of unequal pictures and answers, some in different numbers of tiles; stage 2 trains the newline, too."""
+    model, processor = llava.load(str(made.folder(name)), device="cpu", dtype=torch.float64)
+    rows = []
+    for i, (size, words) in enumerate({(40, 61): "a red one", (90, 33): "no", (29, 30): "two"}.items()):
+        line.photo(*size, i).save(tmp_path / f"{i}.png")
+        rows.append(conversations.Example(tmp_path / f"{i}.png", [("user", "What?"), ("assistant", words)]))
+    groups = finetune.learners(model, 2)
+    learning = {id(p) for group in groups for p in group["params"]}
+    assert model.image_newline is None or id(model.image_newline) in learning
+    inputs = conversations.batch(processor, rows)
+    loss = finetune.gradients(model, [inputs], torch.float64)
+    ids, mask = model.expanded(**{key: value for key, value in inputs.items() if key != "labels"})
+    labels = torch.full_like(ids, -100)
+    labels[:, -inputs["labels"].shape[1] :] = inputs["labels"]  # answers stand at the end, unchanged
+    labels = labels.where(ids != model.config.image_token_index, -100)
+    pictures = {"pixel_values": inputs["pixel_values"].double()}
+    pictures |= {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
+    places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    reference = line.reference(made.folder(name))
+    theirs = reference(input_ids=ids, attention_mask=mask.long(), position_ids=places, labels=labels, **pictures).loss
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), rel=1e-6)
     compare_gradients(model, reference, 1e-6)
 
 

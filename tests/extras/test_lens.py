@@ -2,6 +2,8 @@
 and what it reads off is right where the answer is known.
 """
 
+import line
+import numpy as np
 import parity
 import pytest
 import torch
@@ -181,6 +183,60 @@ def test_occlusion_finds_the_thing_asked_about(tiny):
     assert row < 2 and column < 2
     same = lens.occlusion(model, answer, inputs["input_ids"], torch.ones_like(inputs["pixel_values"]))
     assert same.abs().max() < 1e-4  # of a picture of one colour no patch can be missed
+
+
+@pytest.mark.parametrize("name", line.params(("next-mistral",)))
+def test_what_is_covered_is_covered_on_the_photo(made, name):
+    """In each cell by hand, from transformers' own preprocessing on: in the whole picture and in each tile of it."""
+    model, processor, reference = made.pair(name)
+    photo, answer, grid, grey = line.photo(40, 61), [50, 51, 2], 3, (90, 120, 7)
+    inputs = processor.chat([("user", "What?")], [photo])
+    falls = lens.occlusion_on_photo(model, processor, answer, inputs["input_ids"], [photo], grid=grid, fill=grey)
+    ids = torch.cat([model.expanded(**inputs)[0], torch.tensor([answer])], dim=1)
+
+    def worth(pixels):
+        seen = parity.their_pictures(model.config, processor.preprocess_config, Image.fromarray(pixels))
+        seen["pixel_values"] = seen["pixel_values"].double()
+        with torch.no_grad():
+            logits = reference(input_ids=ids, attention_mask=torch.ones_like(ids), **seen).logits[0, -4:-1]
+        return logits.log_softmax(-1)[range(3), answer].sum().item()
+
+    whole, pixels, changed = worth(np.asarray(photo)), np.asarray(photo), 0
+    for i, (left, top, right, bottom) in enumerate(lens.photo_boxes(61, 40, grid).round().astype(int)):
+        covered = pixels.copy()
+        covered[top:bottom, left:right] = grey
+        fall = whole - worth(covered)
+        assert abs(falls[i].item() - fall) < 1e-4
+        changed += abs(fall) > 1e-3
+    assert changed > 5 and len(falls) == grid**2
+
+
+def test_a_cover_reaches_over_its_neighbours_and_one_picture_of_several(made):
+    """Of a plain photo nothing can be missed in its own colour. reach: as many cells more on each side."""
+    model, processor, _ = made.pair("onevision")
+    plain, other = Image.new("RGB", (61, 40), (10, 200, 30)), line.photo(40, 40)
+    ids = processor.chat([("user", "What?")], [plain, other])["input_ids"]
+    fall = lens.occlusion_on_photo(model, processor, [50, 2], ids, [plain, other], grid=3)
+    assert fall.abs().max() == 0
+    of_all = lens.occlusion_on_photo(model, processor, [50, 2], ids, [plain, other], 1, grid=2, reach=1, fill=(0, 0, 0))
+    assert of_all.abs().min() > 1e-3 and of_all.unique().numel() == 1  # each cover is the whole picture
+    single = lens.occlusion_on_photo(model, processor, [50, 2], ids, [plain, other], 1, grid=1, fill=(0, 0, 0))
+    assert single.item() == of_all[0].item()
+
+
+def test_covering_tiles_one_by_one_is_refused(made):
+    model, processor, _ = made.pair("onevision")
+    inputs = processor.chat([("user", "What?")], [line.photo(40, 40)])
+    with pytest.raises(ValueError, match="occlusion_on_photo covers all of them"):
+        lens.occlusion(model, [50], inputs["input_ids"], inputs["pixel_values"])
+
+
+def test_a_trace_of_tiles_holds_every_position(made):
+    model, processor, _ = made.pair("onevision")
+    inputs = processor.chat([("user", "What?")], [line.photo(40, 61)])
+    stages = lens.trace(model, **inputs)
+    assert torch.equal(stages["ids"], model.expanded(**inputs)[0])
+    assert stages["ids"].shape[1] == stages["merge"].shape[1] == stages["logits"].shape[1] > 100
 
 
 def test_heat_lies_where_the_patches_are(scene):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import line
 import pytest
 import torch
 from groups import torchrun
@@ -21,8 +22,8 @@ QUESTION = "USER: <image>\nWhat is there? ASSISTANT:"
 def answer(folder, out):
     """One process of the group: write what the model gives, and what it holds, to files."""
     model, processor = llava.load(folder, device="cpu", dtype="float64")
-    inputs = processor(QUESTION, TINY / "scene.png")
-    cache = model.init_kv_cache(1, 200)
+    inputs = processor(QUESTION.replace("<image>", processor.image_token), TINY / "scene.png")
+    cache = model.init_kv_cache(1, 1000)
     logits = model(**inputs, kv_cache=cache, output_attentions=False).logits
     ids = model.generate(**inputs, max_new_tokens=12)
     beams = model.generate(**inputs, max_new_tokens=6, num_beams=3)
@@ -72,14 +73,19 @@ def test_each_process_has_its_own_part_of_a_bias(monkeypatch):
 
 
 @pytest.mark.slow
-def test_qwen2_in_two_processes_gives_the_logits_of_one(made, tmp_path):
-    torchrun(__file__, made.folder("interleave"), tmp_path)
-    answer(str(made.folder("interleave")), tmp_path)
-    whole = load_file(tmp_path / "whole.safetensors")
-    for rank in range(2):
-        part = load_file(tmp_path / f"{rank}.safetensors")
-        torch.testing.assert_close(part["logits"], whole["logits"], rtol=1e-10, atol=1e-10)
-        assert torch.equal(part["ids"], whole["ids"]) and torch.equal(part["beams"], whole["beams"])
+def test_each_of_the_line_gives_in_two_processes_the_logits_of_one(made, tmp_path):
+    """Biases, tied matrices, Llama 3.1's frequencies, pictures in tiles: one group reads all of them in turn."""
+    for name in line.LINE:
+        (tmp_path / name).mkdir()
+    pairs = [path for name in line.LINE for path in (made.folder(name), tmp_path / name)]
+    torchrun(__file__, *pairs)
+    for name in line.LINE:
+        answer(str(made.folder(name)), tmp_path / name)
+        whole = load_file(tmp_path / name / "whole.safetensors")
+        for rank in range(2):
+            part = load_file(tmp_path / name / f"{rank}.safetensors")
+            torch.testing.assert_close(part["logits"], whole["logits"], rtol=1e-10, atol=1e-10, msg=name)
+            assert torch.equal(part["ids"], whole["ids"]) and torch.equal(part["beams"], whole["beams"]), name
 
 
 @pytest.mark.slow
@@ -111,6 +117,7 @@ def test_an_uneven_split_is_refused():
 
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
-    answer(*sys.argv[1:])
+    for folder, out in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        answer(folder, out)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
