@@ -687,3 +687,142 @@ def exercise_7_3(WANTED):
             lacks("half", "every colour"),
         "the others name every other colour, not always the same": lacks("every colour"),
     }
+
+
+def exercise_8_1():
+    def counted(
+        positions=lambda rows, columns, side: side**2 + rows * (columns + 1),
+        trim=True, odd=True, both=True, upright=True, to=int, pixels=False,
+    ):  # fmt: skip
+        """The answer, or one with a mistake."""
+
+        def kept(edge, shown):
+            gone = (edge - shown) // 2
+            return edge - gone * (1 + both) if odd else shown
+
+        def count(height, width, grid, side):
+            rows, columns = grid if pixels else (edge // 336 * side for edge in grid)
+            if trim and width / height > columns / rows:
+                rows = kept(rows, to(round(height * (columns / width), 7)))
+            elif trim and upright:
+                columns = kept(columns, to(round(width * (rows / height), 7)))
+            return positions(rows, columns, side)
+
+        return count
+
+    return {
+        "the newlines are missing: one ends each row of the map":
+            counted(lambda rows, columns, side: side**2 + rows * columns),
+        "the black rows or columns are still there": counted(trim=False),
+        "the black is still there, and the newlines are missing":
+            counted(lambda rows, columns, side: side**2 + rows * columns, trim=False),
+        "of an odd number of black rows or columns one stays": counted(odd=False),
+        "the whole picture stands in front of its map: its side² are missing":
+            counted(lambda rows, columns, side: rows * (columns + 1)),
+        "the whole picture has no newlines, only the map has":
+            counted(lambda rows, columns, side: side * (side + 1) + rows * (columns + 1)),
+        "the whole picture does not end in a newline, only each row of the map does":
+            counted(lambda rows, columns, side: side**2 + 1 + rows * (columns + 1)),
+        "a newline ends each row: there is one for the whole map":
+            counted(lambda rows, columns, side: side**2 + rows * columns + 1),
+        "a newline ends each row: you have one for each column":
+            counted(lambda rows, columns, side: side**2 + (rows + 1) * columns),
+        "grid is in pixels: 336 of them are `side` features": counted(pixels=True),
+        "height and width are exchanged": lambda height, width, grid, side:
+            counted()(width, height, grid, side),
+        "grid is (height, width): you exchanged them": lambda height, width, grid, side:
+            counted()(height, width, grid[::-1], side),
+        "an upright picture has black columns: only rows are trimmed": counted(upright=False),
+        "black is on both sides: you trimmed one": counted(both=False),
+        "what a picture covers is rounded down, not up": counted(to=math.ceil),
+        "that is LLaVA-1.5: the tiles come behind the whole": lambda height, width, grid, side:
+            side**2,
+    }  # fmt: skip
+
+
+def exercise_8_2():
+    def arranged(order, flat=False):
+        """The axes (high, wide, side, side, D) in another order."""
+
+        def join(x, high, wide, side):
+            x = x.view(high, wide, side, side, -1).permute(*order, 4)
+            x = x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+            return x.flatten(0, 1) if flat else x
+
+        return join
+
+    def by_columns(x, high, wide, side):
+        x = x.view(wide, high, side, side, -1).transpose(0, 1)
+        return x.permute(0, 2, 1, 3, 4).reshape(high * side, wide * side, -1)
+
+    right = arranged((0, 2, 1, 3))
+    return {
+        "it is tile behind tile: row 0 of the map is row 0 of each tile of the first row":
+            lambda x, high, wide, side: x.reshape(high * side, wide * side, -1),
+        "tiles go column by column, not row by row": by_columns,
+        "within a tile features go column by column, not row by row": arranged((0, 3, 1, 2)),
+        "the columns of the tiles take turns: those of one stay together":
+            arranged((0, 2, 3, 1)),
+        "the rows of upper and lower tiles take turns: those of one stay together":
+            arranged((2, 0, 1, 3)),
+        "all tiles stand below one another: `wide` of them make a row":
+            lambda x, high, wide, side: x.reshape(-1, side, x.shape[-1]),
+        "all tiles stand side by side: after `wide` of them a new row begins":
+            lambda x, high, wide, side: arranged((2, 0, 1, 3))(x, 1, high * wide, side),
+        "it is (columns, rows, D), and should be (rows, columns, D)":
+            lambda x, high, wide, side: right(x, high, wide, side).transpose(0, 1),
+        "the map keeps its rows: (rows, columns, D), not one row of all":
+            arranged((0, 2, 1, 3), flat=True),
+        "D comes last: (rows, columns, D)":
+            lambda x, high, wide, side: right(x, high, wide, side).permute(2, 0, 1),
+        "the tiles are there, not joined: two axes too many":
+            lambda x, high, wide, side: x.view(high, wide, side, side, -1),
+        "upper tiles stand above, left ones at the left: they are backwards":
+            lambda x, high, wide, side: right(x.flip(0), high, wide, side),
+    }
+
+
+def exercise_8_3():
+    def picked(
+        key=lambda shown, spare: (shown, -spare),
+        shown_of=lambda width, height: int(width) * int(height), of=min, enlarged=False, last=False,
+    ):  # fmt: skip
+        """The answer, or one with a mistake."""
+
+        def choose(height, width, grids):
+            def merit(grid):
+                scale = of(grid[0] / height, grid[1] / width)
+                shown = shown_of(width * scale, height * scale)
+                shown = shown if enlarged else min(shown, height * width)
+                return key(shown, grid[0] * grid[1] - shown)
+
+            return max(reversed(grids) if last else grids, key=merit)
+
+        return choose
+
+    def nearest(height, width, grids):
+        return min(grids, key=lambda grid: abs(grid[1] / grid[0] - width / height))
+
+    return {
+        "of equals it takes the last": picked(last=True),
+        "enlarging a picture shows no more of it": picked(enlarged=True),
+        "the least to spare comes second": picked(lambda shown, spare: (-spare, shown)),
+        "among equals the least to spare, not the first": picked(lambda shown, spare: shown),
+        "the least to spare, not the most": picked(lambda shown, spare: (shown, spare)),
+        "the most pixels, not the fewest": picked(lambda shown, spare: (-shown, -spare)),
+        "the whole picture has to fit: the smaller of the two scales": picked(of=max),
+        "the pixels are whole: both sides are rounded down":
+            picked(shown_of=lambda width, height: width * height),
+        "both sides are rounded down, not to the nearest":
+            picked(shown_of=lambda width, height: round(width) * round(height)),
+        "grids are (height, width): you exchanged the sides of the picture":
+            lambda height, width, grids: picked()(width, height, grids),
+        "(height, width) of the grid: they are exchanged":
+            lambda height, width, grids: picked()(height, width, grids)[::-1],
+        "by pixels, not by the shape: the nearest shape may be small": nearest,
+        "the largest grid has most to spare: look at what shows of the picture":
+            lambda height, width, grids: max(grids, key=math.prod),
+        "it is always the first": lambda height, width, grids: grids[0],
+        "the grid itself, not its place in the list": lambda height, width, grids:
+            list(grids).index(picked()(height, width, grids)),
+    }

@@ -182,7 +182,8 @@ def main():
     options = parser.parse_args()
     if options.handout is not None:
         try:
-            print(f"{handout(options.handout)}: seven notebooks without outputs and solutions, and all that they need")
+            folder, number = handout(options.handout), len(notebooks())
+            print(f"{folder}: {number} notebooks without outputs and solutions, and all that they need")
         except (OSError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
