@@ -147,7 +147,7 @@ X = torch.tensor([1.0, 2.0])
         (lambda x: 2 * x[:1], "Not right: its shape is (1,), and should be (2,)"),
         (lambda x: (2 * x)[:, None], "(the numbers are right, in the right order)"),
         (lambda x: 7, "Not right: it is a whole number, and should be a tensor of shape (2,), float32"),
-        (lambda x: None, "Not right: it returns None (is there a `return`?)"),
+        (lambda x: None, "Not right: it returns None (is there a `return`? on every way?)"),
         (lambda x: 1 / 0, "Not right: it raises ZeroDivisionError: division by zero"),
     ],
 )
@@ -213,6 +213,36 @@ def test_check_is_not_disturbed_by_what_a_solution_does(capsys):
 
     lesson.check(spoils, lambda x: 2 * x, (X,), (X,))
     assert capsys.readouterr().out == "Right.\n" and X.tolist() == [1, 2]
+
+
+def test_a_model_is_as_it_was_whatever_a_solution_does_to_it(capsys):
+    model = torch.nn.Linear(2, 1)
+    kept = model.weight.detach().clone()
+
+    @torch.no_grad()
+    def spoils(model, x):
+        model.weight.zero_()
+        return model(x)
+
+    def right(model, x):
+        return model.bias.detach()
+
+    lesson.check(spoils, right, (model, X))
+    assert "it leaves the model with other weights (they are put back)" in capsys.readouterr().out
+    assert torch.equal(model.weight, kept)
+    lesson.check(right, right, (model, X))
+    assert capsys.readouterr().out == "Right.\n"
+
+
+def test_in_16_bits_another_order_of_computing_is_right_too(capsys):
+    x, weight = torch.linspace(-2, 2, 99).half(), torch.linspace(0.1, 1, 99).half()
+    early, late = weight * (x.float() / 3).half(), (weight.float() * x.float() / 3).half()
+    assert not torch.equal(early, late)
+    lesson.check(late, early)
+    lesson.check(1.01 * late, early)
+    lesson.check(late.float() * 1.001, early.float())
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first == "Right." and len(others) == 2 and all(line.startswith("Not right: ") for line in others)
 
 
 def test_a_message_stays_short(capsys):
