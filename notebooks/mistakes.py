@@ -36,6 +36,8 @@ def exercise_1_1():
         "a picture has grid × grid patches, not grid": lambda w, p, g: w + p * (g - 1),
         "a picture has grid × grid patches, not 2 · grid":
             lambda w, p, g: w + p * (2 * g - 1),
+        "a picture has grid × grid patches, not 2 · grid; and each takes its own token away":
+            lambda w, p, g: w + p * 2 * g,
         "each image token grows into patches, the other words stay one each":
             lambda w, p, g: w * g * g,
         "the words are missing": lambda w, p, g: p * g * g,
@@ -72,6 +74,8 @@ def exercise_1_2():
             by_value,
         "the words are missing: where no picture stands, it is `table[id]`":
             lambda i, f, t, n: torch.zeros_like(t[i]).masked_scatter((i == n)[:, None], f),
+        "each image token takes a patch of its own, not the mean of all":
+            lambda i, f, t, n: torch.where((i == n)[:, None], f.mean(0), t[i]),
         "one patch for each image token: all of them stand at each":
             lambda i, f, t, n: torch.cat([f if x == n else t[x][None] for x in i]),
         "where it is the image token: you exchanged the two": lambda i, f, t, n:
@@ -118,7 +122,12 @@ def exercise_2_1():
     def right_patches(pictures, size):
         return F.unfold(pictures, size, stride=size).transpose(1, 2)
 
-    def arranged(order, last=False):
+    def scattered(x, s):
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, s, h // s, s, w // s).permute(0, 3, 5, 1, 2, 4)
+        return x.reshape(n, (h // s) * (w // s), -1)
+
+    def arranged(order):
         def cut(x, s):
             n, c, h, w = x.shape
             x = x.reshape(n, c, h // s, s, w // s, s).permute(0, *order)
@@ -135,6 +144,7 @@ def exercise_2_1():
             arranged((2, 4, 1, 5, 3)),
         "the numbers are only reshaped: a patch is a square, not a stretch of memory":
             lambda x, s: x.reshape(len(x), (x.shape[2] // s) * (x.shape[3] // s), -1),
+        "a side splits into (patches, size), not into (size, patches)": scattered,
         "a patch is a square: these are stretches of each channel's memory":
             lambda x, s: x.flatten(2).unflatten(2, (-1, s * s)).transpose(1, 2).flatten(2),
         "all channels belong into each patch: here each channel has patches of its own":
@@ -174,6 +184,8 @@ def exercise_2_2():
         "the softmax runs over the heads, not over the keys": attention(axis=1),
         "there is no softmax: the weights of a query do not sum to 1":
             attention(soft=False),
+        "each position is compared with each: q kᵀ, and not qᵀ k": lambda q, k, v:
+            (q.transpose(2, 3) @ k / q.shape[-1] ** 0.5).softmax(-1) @ v.transpose(2, 3),
         "the scores are divided by √E before the softmax, not the weights behind it":
             lambda q, k, v: attention(0)(q, k, v) / q.shape[-1] ** 0.5,
         "the weights are (queries, keys): you transposed them before the values":
@@ -810,6 +822,8 @@ def exercise_8_1():
             counted(lambda rows, columns, side: side**2 + rows * columns + 1),
         "a newline ends each row: you have one for each column":
             counted(lambda rows, columns, side: side**2 + (rows + 1) * columns),
+        "the newlines are one column more, and not one row more as well":
+            counted(lambda rows, columns, side: side**2 + (rows + 1) * (columns + 1)),
         "grid is in pixels: 336 of them are `side` features": counted(pixels=True),
         "height and width are exchanged": lambda height, width, grid, side:
             counted()(width, height, grid, side),
@@ -849,6 +863,9 @@ def exercise_8_2():
             lambda x, high, wide, side: x.reshape(high * side, wide * side, -1),
         "tiles go column by column, not row by row": by_columns,
         "within a tile features go column by column, not row by row": arranged((0, 3, 1, 2)),
+        "`high` counts the rows of tiles, `wide` their columns: you exchanged the axes":
+            lambda x, high, wide, side: x.view(high, wide, side, side, -1)
+            .permute(1, 2, 0, 3, 4).reshape(high * side, wide * side, -1),
         "the columns of the tiles take turns: those of one stay together":
             arranged((0, 2, 3, 1)),
         "the rows of upper and lower tiles take turns: those of one stay together":
@@ -911,6 +928,8 @@ def exercise_8_3():
         "among equals the least to spare, not the last": picked(lambda shown, spare: shown, last=True),
         "by what shows of the picture, not by the nearest size": lambda height, width, grids:
             min(grids, key=lambda grid: abs(grid[0] - height) + abs(grid[1] - width)),
+        "the most of the picture comes first: this is the least to spare alone":
+            picked(lambda shown, spare: -spare, enlarged=True),
         "a picture larger than every grid is scaled down: there is always one": smallest,
         "the least to spare, not the most": picked(lambda shown, spare: (shown, spare)),
         "the most pixels, not the fewest": picked(lambda shown, spare: (-shown, -spare)),
