@@ -603,10 +603,8 @@ def exercise_5_3():
             without(m, x, layer - 1),
         "the MLP is knocked out, and should be the attention":
             silenced(lambda block: block.mlp.down.weight),
-        "only the queries are zero: attention still averages the values":
+        "only the queries are zero, or only the keys: attention still averages the values":
             silenced(lambda block: block.attention.wq.weight),
-        "only the keys are zero: attention still averages the values":
-            silenced(lambda block: block.attention.wk.weight),
         "it is always the first layer": lambda m, x, layer: without(m, x, 0),
         "it is always the last layer": lambda m, x, layer: without(m, x, -1),
         "the logits of all positions, not of the last alone": lambda m, x, layer:
