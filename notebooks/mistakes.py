@@ -4,6 +4,7 @@
 wrong answers as they are typed, with what each is to be told.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -327,7 +328,7 @@ def counted(answer):
     return run
 
 
-def chunks(start=0, keep=False, whole=False, count=0, fresh=False, everything=False):
+def chunks(start=0, keep=False, whole=False, count=0, fresh=False, everything=False, at=-1):
     """An answer to 3.3, right as it is."""
 
     @torch.no_grad()
@@ -338,7 +339,7 @@ def chunks(start=0, keep=False, whole=False, count=0, fresh=False, everything=Fa
         cache, ids = caches[fresh], []
         x = x if keep or whole else x[:, max(0, cut + start) :]
         for _ in range(n + count):
-            ids.append(int(model(inputs_embeds=x, kv_cache=cache).logits[0, -1].argmax()))
+            ids.append(int(model(inputs_embeds=x, kv_cache=cache).logits[0, at].argmax()))
             new = model.llama.embed(torch.tensor([[ids[-1]]]))
             x = torch.cat([x, new], 1) if everything else new
         return ids
@@ -389,6 +390,7 @@ def exercise_3_3():
                 chunks(everything=True),
             "the second chunk begins one position too late": chunks(1),
             "the second chunk begins one position too early": chunks(-1),
+            "the last position chooses the next word, not the first": chunks(at=0),
             "one word too many": chunks(count=1),
             "one word too few": chunks(count=-1),
             "the second chunk needs the cache of the first, not a new one":
@@ -538,7 +540,7 @@ def exercise_5_2(config):
             k = llama.rotate(k, *angles) if "k" in turned else k
             q, k = (k, q) if swap else (q, k)
             scores = q @ k.transpose(2, 3) / config.head_dim**scale
-            unseen = at > at[:, None]
+            unseen = at < at[:, None] if late is None else at > at[:, None]
             if late:
                 return scores.softmax(-1).masked_fill(unseen, 0)
             scores = scores.masked_fill(unseen, -torch.inf) if mask else scores
@@ -564,6 +566,7 @@ def exercise_5_2(config):
         "the keys are rotated, the queries are not": attended("k"),
         "the queries are rotated, the keys are not": attended("q"),
         "there is no mask: a position must not see what comes later": attended(mask=False),
+        "the mask is the other way round: hidden is what comes later": attended(late=None),
         "there is neither rotation nor mask": attended("", mask=False),
         "the scores are not divided by √E": attended(scale=0),
         "they are divided by E, not by its root": attended(scale=1),
@@ -749,6 +752,7 @@ def exercise_7_2():
         "the answer counts, the prompt does not: you have it the other way round":
             lambda p, a: list(range(p)) + [-100] * len(a),
         "-100 for each id of the prompt, not once": lambda p, a: [-100, *a],
+        "-100 for each id of the prompt, not of the answer": lambda p, a: [-100] * len(a) + a,
         "one -100 too many": lambda p, a: [-100] * (p + 1) + a,
         "nothing counts": lambda p, a: [-100] * (p + len(a)),
         "one list of numbers, not a list within it": lambda p, a: [-100] * p + [a],
@@ -756,30 +760,28 @@ def exercise_7_2():
 
 
 def exercise_7_3(WANTED):
-    def lacks(*names):
-        return lambda things, rng: WANTED | dict.fromkeys(names, False)
-
-    SAY = "as `Is it red?`, with a colour of the world, and yes or no"
-
-    return {
-        SAY: lacks("form"),
-        f"{SAY}; then see whether it is true": lacks("form", "true"),
-        f"{SAY}; then see whether yes and no are true": lacks("form", "true", "others"),
-        f"{SAY}; about half of them yes": lacks("form", "half", "every colour"),
-        f"{SAY}; about half yes, and true": lacks(*set(WANTED) - {"true"}),
-        f"first of all {SAY}": lacks(*WANTED),
-        "yes and no are exchanged, or come by chance: look at the thing":
-            lacks("true", "others"),
-        "if another colour is asked for, the answer is no": lacks("others"),
-        "if its own colour is asked for, the answer is yes": lacks("true"),
-        "about half are to be yes: of six colours drawn alike it is one in six":
-            lacks("half"),
-        "yes and no come by chance, or are exchanged, and half are to be yes":
-            lacks("true", "others", "half"),
-        "about half are to be yes, and the others name every other colour":
-            lacks("half", "every colour"),
-        "the others name every other colour, not always the same": lacks("every colour"),
+    said = {
+        "form": "as `Is it red?`, with a colour of the world, and yes or no",
+        "true": "if its own colour is asked for, the answer is yes",
+        "others": "if another colour is asked for, the answer is no",
+        "every colour": "the others name every other colour, not always the same",
+        "half": "about half are to be yes",
     }
+    better = {
+        ("true", "others"):
+            "yes and no are exchanged, or come by chance: look at the thing",
+        ("half",): "about half are to be yes: of six colours drawn alike it is one in six",
+        ("true", "others", "half"):
+            "yes and no come by chance, or are exchanged, and half are to be yes",
+    }
+    found = {}
+    for size in range(1, len(WANTED) + 1):
+        for lacking in itertools.combinations(WANTED, size):  # whatever may be wrong together
+            words = better.get(lacking, "; ".join(said[name] for name in lacking))
+            found[words] = lambda things, rng, lacking=lacking: (
+                WANTED | dict.fromkeys(lacking, False)
+            )
+    return found
 
 
 def exercise_8_1():
