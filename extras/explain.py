@@ -248,7 +248,10 @@ def page(model, processor, options, images, record, said):
     if images:
         grid, onto = lens.onto_patches(model, record.ids, record.sizes, images)
         weights, question = attention_on_pictures(model, record.ids, record.kv_cache, said, onto)
-        data |= looks(weights, question, [picture(image, model, processor, options, grid) for image in images])
+        pictures = [picture(image, model, processor, options, grid) for image in images]
+        for one, tiles in zip(pictures, lens.tile_edges(model, record.ids, record.sizes, images), strict=True):
+            one["tiles"] = tiles
+        data |= looks(weights, question, pictures)
     data["opens"] = opening(data["words"], data.pop("peaks", None))
     title = "Where it looked" if images else "How it answered"
     return filled(data, title, options.model, options.prompt, processor.decode(said), lines(record))
@@ -260,7 +263,7 @@ def looks(weights, question, pictures):
     weights (L, A, R, Q), question: from attention_on_pictures. pictures: one for each set of patches, in the order of
     the columns of weights; several may lie on one image, as the tiles of a picture do. Each is a dict: `src`, `width`,
     `height` (of the image, in pixels), `patches` (a list of left, top, right, bottom in the image's pixels, row by
-    row), `rows`, `columns` (how they stand), `name` (of the set, may be empty).
+    row), `rows`, `columns` (how they stand), `name` (of the set, may be empty), `tiles` (of lens.tile_edges, or none).
     """
     cells = cells_of(pictures, weights.shape[0] * weights.shape[1] * (weights.shape[2] - question + 1))
     shown = list(views(weights, question, cells))

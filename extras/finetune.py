@@ -230,6 +230,16 @@ def measure(model, processor, taught, kept, asked, options):
     return *losses, kept_back.answers(model, processor, asked, options.batch)
 
 
+def announce(taught, asked):
+    """Say what comes before the training, which takes time in silence, and whether it will tell anything."""
+    about = kept_back.pictures(asked)
+    few = kept_back.too_few(len(asked), about)
+    notice(
+        f"{len(taught)} conversations to learn from; {len(asked)} questions about {about} pictures are kept back, and "
+        f"answered before and after{'' if few is None else f': {few}'}"
+    )
+
+
 def run(options):
     """The command, its options settled. Raises ValueError or OSError with a complete message."""
     out, data, images = Path(options.out), Path(options.data), Path(options.images)
@@ -249,6 +259,7 @@ def run(options):
         raise ValueError("gradients overflow in float16: give --dtype bfloat16 or float32")
     conversations.check(model, processor, examples)
     asked = kept_back.questions(kept)
+    announce(taught, asked)
     if resume is None:
         lora.check(model, options.lora)  # before anything is written
         before = measure(model, processor, taught, kept, asked, options)
@@ -267,7 +278,7 @@ def run(options):
         f"on what was kept back: {before[1]:.3f} → {after[1]:.3f}"
     )
     right = [kept_back.right(asked, said) for said in (before[2], after[2], other)]
-    print(kept_back.verdict(len(asked), *right))
+    print(kept_back.verdict(len(asked), *right, kept_back.pictures(asked)))
 
 
 def make_parser():

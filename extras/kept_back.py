@@ -11,7 +11,7 @@ import torch
 from extras import conversations
 from extras.intake import open_image
 
-ENOUGH = 20  # answers: with fewer, chance alone moves the share by 20 points and more
+ENOUGH = 20  # pictures: with fewer, chance alone moves the share by 20 points and more
 MOST = 200  # answers are generated, which takes time
 
 
@@ -57,16 +57,35 @@ def interval(hits, number):
     return (middle - spread) / (1 + z * z / number), (middle + spread) / (1 + z * z / number)
 
 
-def verdict(number, before, after, other):
-    """Numbers of right answers before, after, and after about another picture → sentences that say what they mean."""
-    low, high = interval(after, number)
+def pictures(asked):
+    """How many pictures the questions are about."""
+    return len({image for image, _, _ in asked})
+
+
+def too_few(number, about):
+    """The words for so many answers about so many pictures, if they will tell nothing; otherwise None."""
+    if min(number, about) >= ENOUGH:
+        return None
+    return f"{number} answers are too few to tell" if number <= about else (
+        f"{number} answers about no more than {about} picture{'s' * (about > 1)} are too few to tell"
+    )  # fmt: skip
+
+
+def verdict(number, before, after, other, about=None):
+    """Numbers of right answers before, after, and after about another picture → sentences that say what they mean.
+
+    about: how many pictures the questions are about; None: each about its own. Answers about one picture hang together:
+    what is seen or not seen in it decides them all. So the certainty is that of one answer for each picture.
+    """
+    independent = number if about is None else min(number, about)
+    low, high = interval(after / number * independent, independent)
     text = (
         f"right answers about pictures that were kept back: {before} → {after} of {number}, "
         f"about another picture {other} of {number}\n"
     )
-    if number < ENOUGH:
+    if few := too_few(number, independent):
         return text + (
-            f"{number} answers are too few to tell: the true share may lie anywhere from {low:.0%} to {high:.0%}. "
+            f"{few}: the true share may lie anywhere from {low:.0%} to {high:.0%}. "
             f"With at least {ENOUGH * conversations.KEPT_BACK} questions about as many pictures it can be told"
         )
     if low <= other / number:

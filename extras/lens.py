@@ -307,3 +307,24 @@ def heat(ax, image, values, boxes, title="", limit=None):
     ax.imshow(veil.numpy(), extent=(left, right, bottom, top), interpolation="nearest")
     ax.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
     ax.set_title(title, fontsize=9)
+
+
+def tile_edges(model, ids, sizes, images):
+    """Where the tiles of each picture meet, in its own pixels → [{tiles: their number, down: [y …], across: [x …]}, …],
+    None for a picture that was not cut. The arguments are those of onto_patches.
+    """
+    if model.image_newline is None:
+        return [None] * len(images)
+    plan, found = anyres.plan(model.config), []
+    alone = anyres.lone(ids, model.config.image_token_index, sizes, plan)
+    for image, size, single in zip(images, sizes.tolist(), alone, strict=True):
+        grid = anyres.choose(*size, plan)
+        scaled, edges = anyres.fit(*size, grid), []
+        for i, inside in enumerate((image.height, image.width)):
+            lines = np.arange(plan.tile, grid[i], plan.tile) - (grid[i] - scaled[i]) // 2  # on the scaled picture
+            lines = lines * size[i] / scaled[i] - (size[i] - inside) // 2
+            edges.append([round(float(x), 2) for x in lines if 0 < x < inside])
+        number = anyres.tiles(*size, plan) - 1
+        tiled = anyres.tiled(plan, single)
+        found.append({"tiles": number, "down": edges[0], "across": edges[1]} if tiled else None)
+    return found

@@ -4,6 +4,7 @@
 wrong answers as they are typed, with what each is to be told.
 """
 
+import itertools
 import json
 import math
 import struct
@@ -36,9 +37,13 @@ def exercise_1_1():
         "a picture has grid × grid patches, not grid": lambda w, p, g: w + p * (g - 1),
         "a picture has grid × grid patches, not 2 · grid":
             lambda w, p, g: w + p * (2 * g - 1),
+        "a picture has grid × grid patches, not 2 · grid; and each takes its own token away":
+            lambda w, p, g: w + p * 2 * g,
         "each image token grows into patches, the other words stay one each":
             lambda w, p, g: w * g * g,
         "the words are missing": lambda w, p, g: p * g * g,
+        "there may be several pictures, or none; and each takes its own token away":
+            lambda w, p, g: w + g * g,
         "only the words are counted": lambda w, p, g: w,
         "only the words that are not pictures are counted": lambda w, p, g: w - p,
         "`^` is not a power in Python (it is XOR): write `**`":
@@ -68,6 +73,12 @@ def exercise_1_2():
             lambda i, f, t, n: t[i].masked_scatter((i == n)[:, None], f + t[n]),
         "by position, not by value: an embedding that is all zeros is a word, too":
             by_value,
+        "the words are missing: where no picture stands, it is `table[id]`":
+            lambda i, f, t, n: torch.zeros_like(t[i]).masked_scatter((i == n)[:, None], f),
+        "each image token takes a patch of its own, not the mean of all":
+            lambda i, f, t, n: torch.where((i == n)[:, None], f.mean(0), t[i]),
+        "one patch for each image token: all of them stand at each":
+            lambda i, f, t, n: torch.cat([f if x == n else t[x][None] for x in i]),
         "where it is the image token: you exchanged the two": lambda i, f, t, n:
             torch.zeros_like(t[i]).masked_scatter((i != n)[:, None], f),
     }
@@ -92,7 +103,7 @@ def exercise_1_3():
             return model(ids, pixels).logits[0, -n:].argmax(-1).tolist()
 
     return {
-        "append each new id before the next step: the prompt stays the same": fixed,
+        "append each new id before the next step, at the end: its last position is always the same": fixed,
         "the last position chooses the next word, one at a time": at_once,
         "take the likeliest: this is the least likely": lambda m, i, p, n:
             greedy(m, i, p, n, least=True),
@@ -112,7 +123,12 @@ def exercise_2_1():
     def right_patches(pictures, size):
         return F.unfold(pictures, size, stride=size).transpose(1, 2)
 
-    def arranged(order, last=False):
+    def scattered(x, s):
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, s, h // s, s, w // s).permute(0, 3, 5, 1, 2, 4)
+        return x.reshape(n, (h // s) * (w // s), -1)
+
+    def arranged(order):
         def cut(x, s):
             n, c, h, w = x.shape
             x = x.reshape(n, c, h // s, s, w // s, s).permute(0, *order)
@@ -129,6 +145,11 @@ def exercise_2_1():
             arranged((2, 4, 1, 5, 3)),
         "the numbers are only reshaped: a patch is a square, not a stretch of memory":
             lambda x, s: x.reshape(len(x), (x.shape[2] // s) * (x.shape[3] // s), -1),
+        "a side splits into (patches, size), not into (size, patches)": scattered,
+        "a patch is a square: these are stretches of each channel's memory":
+            lambda x, s: x.flatten(2).unflatten(2, (-1, s * s)).transpose(1, 2).flatten(2),
+        "all channels belong into each patch: here each channel has patches of its own":
+            lambda x, s: x.unfold(2, s, s).unfold(3, s, s).flatten(1, 3).flatten(2),
         "the axes within a patch and those of the patches are mixed up":
             arranged((3, 5, 1, 2, 4)),
         "a patch takes all three channels: only one is there":
@@ -164,6 +185,15 @@ def exercise_2_2():
         "the softmax runs over the heads, not over the keys": attention(axis=1),
         "there is no softmax: the weights of a query do not sum to 1":
             attention(soft=False),
+        "each position is compared with each: q kᵀ, and not qᵀ k": lambda q, k, v:
+            (q.transpose(2, 3) @ k / q.shape[-1] ** 0.5).softmax(-1) @ v.transpose(2, 3),
+        "the scores are divided by √E before the softmax, not the weights behind it":
+            lambda q, k, v: attention(0)(q, k, v) / q.shape[-1] ** 0.5,
+        "the weights are (queries, keys): you transposed them before the values":
+            lambda q, k, v:
+            (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1).transpose(2, 3) @ v,
+        "the weights of a query have to sum to 1: divide by their sum":
+            lambda q, k, v: (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).exp() @ v,
         "every patch sees every patch: nothing is masked here": attention(causal=True),
         "the weights are there, the values are not": attention(values=None),
         "it is the values that are averaged, not the keys": attention(values="k"),
@@ -180,6 +210,18 @@ def exercise_2_3():
             x = block(x)
         return tower.post_norm(x) if norm else x
 
+    def without_class(tower, x):
+        x = tower.embed(x)[:, 1:]
+        for block in tower.blocks[:-1]:
+            x = block(x)
+        return x
+
+    def twice_added(tower, x):
+        x = tower.embed(x)
+        for block in tower.blocks[:-1]:
+            x = x + block(x)
+        return x[:, 1:]
+
     return {
         "the last block is run, too": lambda t, x: t(x, [-1])[0][:, 1:],
         "the class token is still there": lambda t, x: t(x, [-2])[0],
@@ -194,6 +236,9 @@ def exercise_2_3():
         "the first block is left out, and should be the last":
             lambda t, x: blocks(t, x, 1, 0)[:, 1:],
         "no block is run": lambda t, x: t.embed(x)[:, 1:],
+        "the class token goes through the blocks, too, and is left out behind them":
+            without_class,
+        "a block adds what went in by itself: `x = block(x)`": twice_added,
         "post_norm is for CLIP's own output: what LLaVA reads comes before it":
             lambda t, x: blocks(t, x, norm=True)[:, 1:],
         "each block takes what the one before gave": lambda t, x:
@@ -221,8 +266,10 @@ def exercise_3_1():
         "there is no ε": lambda x, w, e: variant()(x, w, 0.0),
         "the weight is missing": lambda x, w, e: variant()(x, torch.ones_like(w), e),
         "that is LayerNorm: RMSNorm does not take the mean away": variant(centre=True),
-        "LayerNorm takes the mean away, RMSNorm does not": lambda x, w, e:
-            w * F.layer_norm(x, x.shape[-1:], eps=e),
+        "the standard deviation takes the mean away, RMSNorm does not": lambda x, w, e:
+            w * (x.float() / (x.float().std(-1, keepdim=True) + e)).to(x.dtype),
+        "that is the length of x: it is the root of the mean of the squares, and of ε":
+            lambda x, w, e: w * (x.float() / x.float().norm(dim=-1, keepdim=True)).to(x.dtype),
         "the sum of the squares: it is their mean": variant(mean=False),
         "there is no root": variant(root=False),
         "the mean is over the rows: it is over the last axis": lambda x, w, e:
@@ -251,6 +298,8 @@ def exercise_3_2():
             lambda S, new: torch.ones(new, S).triu(S - new).bool(),
         "True is what may be seen: it is inverted":
             lambda S, new: ~right_mask(S, new),
+        "True and False are wanted, not what is added to the scores":
+            lambda S, new: torch.full((new, S), -torch.inf).triu(S - new + 1),
         "everybody sees everything: a query must not see what comes later":
             lambda S, new: torch.ones(new, S).bool(),
         "only the new positions are there: the keys are all S":
@@ -279,7 +328,7 @@ def counted(answer):
     return run
 
 
-def chunks(start=0, keep=False, whole=False, count=0, fresh=False, everything=False):
+def chunks(start=0, keep=False, whole=False, count=0, fresh=False, everything=False, at=-1):
     """An answer to 3.3, right as it is."""
 
     @torch.no_grad()
@@ -290,7 +339,7 @@ def chunks(start=0, keep=False, whole=False, count=0, fresh=False, everything=Fa
         cache, ids = caches[fresh], []
         x = x if keep or whole else x[:, max(0, cut + start) :]
         for _ in range(n + count):
-            ids.append(int(model(inputs_embeds=x, kv_cache=cache).logits[0, -1].argmax()))
+            ids.append(int(model(inputs_embeds=x, kv_cache=cache).logits[0, at].argmax()))
             new = model.llama.embed(torch.tensor([[ids[-1]]]))
             x = torch.cat([x, new], 1) if everything else new
         return ids
@@ -304,6 +353,26 @@ def two_chunks(model, x, cut, n):
 
 
 def exercise_3_3():
+    def repeated(model, x, cut, n):
+        cache = model.init_kv_cache(1, x.shape[1])
+        with torch.no_grad():
+            model(inputs_embeds=x[:, :cut], kv_cache=cache)
+            logits = model(inputs_embeds=x[:, cut:], kv_cache=cache).logits
+        return [int(logits[0, -1].argmax())] * n
+
+    def early(model, x, cut, n):
+        cache = model.init_kv_cache(1, x.shape[1] + n)
+        with torch.no_grad():
+            ids = [int(model(inputs_embeds=x[:, :cut], kv_cache=cache).logits[0, -1].argmax())]
+            x = x[:, cut:]
+            for _ in range(n - 1):
+                ids.append(int(model(inputs_embeds=x, kv_cache=cache).logits[0, -1].argmax()))
+                x = model.llama.embed(torch.tensor([[ids[-1]]]))
+        return ids
+
+    def exchanged(model, x, cut, n):
+        return chunks()(model, torch.cat([x[:, cut:], x[:, :cut]], 1), x.shape[1] - cut, n)
+
     def plain_chunks(model, x, cut, n):
         ids = []
         for _ in range(n):
@@ -321,11 +390,15 @@ def exercise_3_3():
                 chunks(everything=True),
             "the second chunk begins one position too late": chunks(1),
             "the second chunk begins one position too early": chunks(-1),
+            "the last position chooses the next word, not the first": chunks(at=0),
             "one word too many": chunks(count=1),
             "one word too few": chunks(count=-1),
             "the second chunk needs the cache of the first, not a new one":
                 chunks(fresh=True),
             "there is no cache: every pass computes everything again": plain_chunks,
+            "each new word has to be given to the model before the next": repeated,
+            "the first word comes behind the whole prompt, not behind its first chunk": early,
+            "the beginning of the prompt comes first: you exchanged the chunks": exchanged,
             "the first chunk is never given": lambda m, x, c, n:
                 chunks(whole=True)(m, x[:, c:], c, n),
         }.items()
@@ -352,6 +425,10 @@ def exercise_4_1():
             (c + 1) * d, (c + 1) * d + (d + 1) * c),
         "a bias is one number for each output, not for each input": lambda c, d: (
             c * d + c, c * d + c + d * d + d),
+        "the second layer has d × d weights, too, not its bias alone": lambda c, d: (
+            (c + 1) * d, (c + 1) * d + d),
+        "a bias is one number for each output, not one for a layer": lambda c, d: (
+            c * d + 1, c * d + 1 + d * d + 1),
         "the two layers are added, not multiplied": lambda c, d: (
             (c + 1) * d, (c + 1) * d * (d + 1) * d),
         "the second answer is of both layers together": lambda c, d: (
@@ -440,6 +517,8 @@ def exercise_5_1():
         "subtract it, do not divide by it": lambda w: w / w.median(0).values,
         "what is above the median stays, but less the median": lambda w:
             w.where(w > w.median(0).values, torch.zeros(())),
+        "what is at the median or above stays, but less the median": lambda w:
+            w.where(w >= w.median(0).values, torch.zeros(())),
         "only the medians are left": lambda w: w.median(0).values.expand_as(w),
         "what is above it is cut off, and should be what is below": lambda w:
             (w - w.median(0).values).clamp(max=0),
@@ -461,7 +540,7 @@ def exercise_5_2(config):
             k = llama.rotate(k, *angles) if "k" in turned else k
             q, k = (k, q) if swap else (q, k)
             scores = q @ k.transpose(2, 3) / config.head_dim**scale
-            unseen = at > at[:, None]
+            unseen = at < at[:, None] if late is None else at > at[:, None]
             if late:
                 return scores.softmax(-1).masked_fill(unseen, 0)
             scores = scores.masked_fill(unseen, -torch.inf) if mask else scores
@@ -473,11 +552,21 @@ def exercise_5_2(config):
         q, k = (stages[f"llama.{i}.{x}"] for x in "qk")
         return (q @ k.transpose(1, 2) / config.head_dim**0.5).softmax(-1)
 
+    def viewed(stages, i):
+        sizes = 1, config.num_attention_heads, -1, config.head_dim
+        q, k = (stages[f"llama.{i}.{x}"].reshape(sizes) for x in "qk")
+        at = torch.arange(q.shape[2])
+        angles = llama.rope_angles(at[None], llama.frequencies(config))
+        scores = llama.rotate(q, *angles) @ llama.rotate(k, *angles).transpose(2, 3)
+        scores = scores / config.head_dim**0.5
+        return scores.masked_fill(at > at[:, None], -torch.inf).softmax(-1)
+
     return {
         "nothing is rotated: q and k do not know where they stand": attended(""),
         "the keys are rotated, the queries are not": attended("k"),
         "the queries are rotated, the keys are not": attended("q"),
         "there is no mask: a position must not see what comes later": attended(mask=False),
+        "the mask is the other way round: hidden is what comes later": attended(late=None),
         "there is neither rotation nor mask": attended("", mask=False),
         "the scores are not divided by √E": attended(scale=0),
         "they are divided by E, not by its root": attended(scale=1),
@@ -488,6 +577,7 @@ def exercise_5_2(config):
         "the mean of the heads: each of them is wanted": lambda s, i:
             s[f"attention.{i}"].mean(1, keepdim=True),
         "cut q and k into heads first": uncut,
+        "`view` takes positions for heads: unflatten the last axis, then transpose": viewed,
     }
 
 
@@ -516,10 +606,8 @@ def exercise_5_3():
             without(m, x, layer - 1),
         "the MLP is knocked out, and should be the attention":
             silenced(lambda block: block.mlp.down.weight),
-        "only the queries are zero: attention still averages the values":
+        "only the queries are zero, or only the keys: attention still averages the values":
             silenced(lambda block: block.attention.wq.weight),
-        "only the keys are zero: attention still averages the values":
-            silenced(lambda block: block.attention.wk.weight),
         "it is always the first layer": lambda m, x, layer: without(m, x, 0),
         "it is always the last layer": lambda m, x, layer: without(m, x, -1),
         "the logits of all positions, not of the last alone": lambda m, x, layer:
@@ -535,6 +623,7 @@ def exercise_6_1():
     before = ["ids", "pixels", *(f"vision.{i}" for i in range(5)), "projector", "vision"]
 
     later = [f"{part}.{i}" for i in (2, 3, 4) for part in ("llama", "attention")]
+    later += [f"llama.{i}.{x}" for i in (2, 3, 4) for x in "qkv"]
     return {
         "the embeddings hold no position yet: they are the same": "merge",
         "that is where it shows last": "logits",
@@ -544,6 +633,9 @@ def exercise_6_1():
         f"{name} comes before the prompt: it knows no position in it": name for name in before
     } | {
         f"it shows in {name}, too, but earlier as well": name for name in later
+    } | {
+        f"{name} is heard before the rotation: it knows no position yet": name
+        for name in ("llama.1.q", "llama.1.k", "llama.1.v")
     }
 
 
@@ -564,6 +656,10 @@ def exercise_6_2():
             measure(bottom=lambda a, b: a.abs().max()),
         "the largest number is the largest without its sign":
             measure(bottom=lambda a, b: b.max()),
+        "relative to the second, not to the larger of the two":
+            measure(bottom=lambda a, b: torch.maximum(a.abs().max(), b.abs().max())),
+        "the largest difference, not the sum of all":
+            measure(lambda a, b: (a - b).abs().sum(), lambda a, b: b.abs().sum()),
         "the largest difference, and not the mean":
             measure(lambda a, b: (a - b).abs().mean()),
         "relative to the largest number, not to each by itself":
@@ -656,6 +752,7 @@ def exercise_7_2():
         "the answer counts, the prompt does not: you have it the other way round":
             lambda p, a: list(range(p)) + [-100] * len(a),
         "-100 for each id of the prompt, not once": lambda p, a: [-100, *a],
+        "-100 for each id of the prompt, not of the answer": lambda p, a: [-100] * len(a) + a,
         "one -100 too many": lambda p, a: [-100] * (p + 1) + a,
         "nothing counts": lambda p, a: [-100] * (p + len(a)),
         "one list of numbers, not a list within it": lambda p, a: [-100] * p + [a],
@@ -663,29 +760,194 @@ def exercise_7_2():
 
 
 def exercise_7_3(WANTED):
-    def lacks(*names):
-        return lambda things, rng: WANTED | dict.fromkeys(names, False)
+    said = {
+        "form": "as `Is it red?`, with a colour of the world, and yes or no",
+        "true": "if its own colour is asked for, the answer is yes",
+        "others": "if another colour is asked for, the answer is no",
+        "every colour": "the others name every other colour, not always the same",
+        "half": "about half are to be yes",
+    }
+    better = {
+        ("true", "others"):
+            "yes and no are exchanged, or come by chance: look at the thing",
+        ("half",): "about half are to be yes: of six colours drawn alike it is one in six",
+        ("true", "others", "half"):
+            "yes and no come by chance, or are exchanged, and half are to be yes",
+    }
+    found = {}
+    for size in range(1, len(WANTED) + 1):
+        for lacking in itertools.combinations(WANTED, size):  # whatever may be wrong together
+            words = better.get(lacking, "; ".join(said[name] for name in lacking))
+            found[words] = lambda things, rng, lacking=lacking: (
+                WANTED | dict.fromkeys(lacking, False)
+            )
+    return found
 
-    SAY = "as `Is it red?`, with a colour of the world, and yes or no"
+
+def exercise_8_1():
+    def counted(
+        positions=lambda rows, columns, side: side**2 + rows * (columns + 1),
+        trim=True, odd=True, both=True, upright=True, to=int, pixels=False, turned=False,
+    ):  # fmt: skip
+        """The answer, or one with a mistake."""
+
+        def kept(edge, shown):
+            gone = (edge - shown) // 2
+            return edge - gone * (1 + both) if odd else shown
+
+        def count(height, width, grid, side):
+            rows, columns = grid if pixels else (edge // 336 * side for edge in grid)
+            if trim and (width / height > columns / rows) != turned:
+                rows = kept(rows, to(round(height * (columns / width), 7)))
+            elif trim and upright:
+                columns = kept(columns, to(round(width * (rows / height), 7)))
+            return positions(rows, columns, side)
+
+        return count
 
     return {
-        SAY: lacks("form"),
-        f"{SAY}; then see whether it is true": lacks("form", "true"),
-        f"{SAY}; then see whether yes and no are true": lacks("form", "true", "others"),
-        f"{SAY}; about half of them yes": lacks("form", "half", "every colour"),
-        f"{SAY}; about half yes, and true": lacks(*set(WANTED) - {"true"}),
-        f"first of all {SAY}": lacks(*WANTED),
-        "yes and no are exchanged, or come by chance: look at the thing":
-            lacks("true", "others"),
-        "if another colour is asked for, the answer is no": lacks("others"),
-        "if its own colour is asked for, the answer is yes": lacks("true"),
-        "about half are to be yes: of six colours drawn alike it is one in six":
-            lacks("half"),
-        "yes and no come by chance, or are exchanged, and half are to be yes":
-            lacks("true", "others", "half"),
-        "about half are to be yes, and the others name every other colour":
-            lacks("half", "every colour"),
-        "the others name every other colour, not always the same": lacks("every colour"),
+        "the newlines are missing: one ends each row of the map":
+            counted(lambda rows, columns, side: side**2 + rows * columns),
+        "the black rows or columns are still there": counted(trim=False),
+        "the black is still there, and the newlines are missing":
+            counted(lambda rows, columns, side: side**2 + rows * columns, trim=False),
+        "of an odd number of black rows or columns one stays": counted(odd=False),
+        "the whole picture stands in front of its map: its side² are missing":
+            counted(lambda rows, columns, side: rows * (columns + 1)),
+        "the whole picture has no newlines, only the map has":
+            counted(lambda rows, columns, side: side * (side + 1) + rows * (columns + 1)),
+        "the whole picture does not end in a newline, only each row of the map does":
+            counted(lambda rows, columns, side: side**2 + 1 + rows * (columns + 1)),
+        "a newline ends each row: there is one for the whole map":
+            counted(lambda rows, columns, side: side**2 + rows * columns + 1),
+        "a newline ends each row: you have one for each column":
+            counted(lambda rows, columns, side: side**2 + (rows + 1) * columns),
+        "the newlines are one column more, and not one row more as well":
+            counted(lambda rows, columns, side: side**2 + (rows + 1) * (columns + 1)),
+        "grid is in pixels: 336 of them are `side` features": counted(pixels=True),
+        "height and width are exchanged": lambda height, width, grid, side:
+            counted()(width, height, grid, side),
+        "grid is (height, width): you exchanged them": lambda height, width, grid, side:
+            counted()(height, width, grid[::-1], side),
+        "an upright picture has black columns: only rows are trimmed": counted(upright=False),
+        "black is on both sides: you trimmed one": counted(both=False),
+        "a picture wider than its grid has black rows: you trimmed the columns":
+            counted(turned=True),
+        "a newline ends each row of the map, not of each tile; and the black goes":
+            lambda height, width, grid, side:
+            (1 + grid[0] // 336 * (grid[1] // 336)) * side * (side + 1),
+        "what a picture covers is rounded down, not up": counted(to=math.ceil),
+        "that is LLaVA-1.5: the tiles come behind the whole": lambda height, width, grid, side:
+            side**2,
+    }  # fmt: skip
+
+
+def exercise_8_2():
+    def arranged(order, flat=False):
+        """The axes (high, wide, side, side, D) in another order."""
+
+        def join(x, high, wide, side):
+            x = x.view(high, wide, side, side, -1).permute(*order, 4)
+            x = x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+            return x.flatten(0, 1) if flat else x
+
+        return join
+
+    def by_columns(x, high, wide, side):
+        x = x.view(wide, high, side, side, -1).transpose(0, 1)
+        return x.permute(0, 2, 1, 3, 4).reshape(high * side, wide * side, -1)
+
+    right = arranged((0, 2, 1, 3))
+    return {
+        "it is tile behind tile: row 0 of the map is row 0 of each tile of the first row":
+            lambda x, high, wide, side: x.reshape(high * side, wide * side, -1),
+        "tiles go column by column, not row by row": by_columns,
+        "within a tile features go column by column, not row by row": arranged((0, 3, 1, 2)),
+        "`high` counts the rows of tiles, `wide` their columns: you exchanged the axes":
+            lambda x, high, wide, side: x.view(high, wide, side, side, -1)
+            .permute(1, 2, 0, 3, 4).reshape(high * side, wide * side, -1),
+        "the columns of the tiles take turns: those of one stay together":
+            arranged((0, 2, 3, 1)),
+        "the rows of upper and lower tiles take turns: those of one stay together":
+            arranged((2, 0, 1, 3)),
+        "all tiles stand below one another: `wide` of them make a row":
+            lambda x, high, wide, side: x.reshape(-1, side, x.shape[-1]),
+        "all tiles stand side by side: after `wide` of them a new row begins":
+            lambda x, high, wide, side: arranged((2, 0, 1, 3))(x, 1, high * wide, side),
+        "a row of the map goes through all tiles of a row: exchange axes 1 and 2, not 2 and 3":
+            lambda x, high, wide, side: x.view(high, wide, side, side, -1).transpose(2, 3)
+            .reshape(high * side, wide * side, -1),
+        "tiles of a row stand side by side, rows of tiles below: it is the other way round":
+            lambda x, high, wide, side: torch.cat(
+                [row.reshape(wide * side, side, -1) for row in x.view(high, wide, side, side, -1)],
+                1,
+            ),
+        "it is (columns, rows, D), and should be (rows, columns, D)":
+            lambda x, high, wide, side: right(x, high, wide, side).transpose(0, 1),
+        "the map keeps its rows: (rows, columns, D), not one row of all":
+            arranged((0, 2, 1, 3), flat=True),
+        "D comes last: (rows, columns, D)":
+            lambda x, high, wide, side: right(x, high, wide, side).permute(2, 0, 1),
+        "the tiles are there, not joined: two axes too many":
+            lambda x, high, wide, side: x.view(high, wide, side, side, -1),
+        "upper tiles stand above, left ones at the left: they are backwards":
+            lambda x, high, wide, side: right(x.flip(0), high, wide, side),
+    }
+
+
+def exercise_8_3():
+    def picked(
+        key=lambda shown, spare: (shown, -spare),
+        shown_of=lambda width, height: int(width) * int(height), of=min, enlarged=False, last=False,
+    ):  # fmt: skip
+        """The answer, or one with a mistake."""
+
+        def choose(height, width, grids):
+            def merit(grid):
+                scale = of(grid[0] / height, grid[1] / width)
+                shown = shown_of(width * scale, height * scale)
+                shown = shown if enlarged else min(shown, height * width)
+                return key(shown, grid[0] * grid[1] - shown)
+
+            return max(reversed(grids) if last else grids, key=merit)
+
+        return choose
+
+    def smallest(height, width, grids):
+        fit = [grid for grid in grids if grid[0] >= height and grid[1] >= width]
+        return min(fit, key=math.prod, default=None)
+
+    def nearest(height, width, grids):
+        return min(grids, key=lambda grid: abs(grid[1] / grid[0] - width / height))
+
+    return {
+        "of equals it takes the last": picked(last=True),
+        "enlarging a picture shows no more of it": picked(enlarged=True),
+        "the least to spare comes second": picked(lambda shown, spare: (-spare, shown)),
+        "among equals the least to spare, not the first": picked(lambda shown, spare: shown),
+        "among equals the least to spare, not the last": picked(lambda shown, spare: shown, last=True),
+        "by what shows of the picture, not by the nearest size": lambda height, width, grids:
+            min(grids, key=lambda grid: abs(grid[0] - height) + abs(grid[1] - width)),
+        "the most of the picture comes first: this is the least to spare alone":
+            picked(lambda shown, spare: -spare, enlarged=True),
+        "a picture larger than every grid is scaled down: there is always one": smallest,
+        "the least to spare, not the most": picked(lambda shown, spare: (shown, spare)),
+        "the most pixels, not the fewest": picked(lambda shown, spare: (-shown, -spare)),
+        "the whole picture has to fit: the smaller of the two scales": picked(of=max),
+        "the pixels are whole: both sides are rounded down":
+            picked(shown_of=lambda width, height: width * height),
+        "both sides are rounded down, not to the nearest":
+            picked(shown_of=lambda width, height: round(width) * round(height)),
+        "grids are (height, width): you exchanged the sides of the picture":
+            lambda height, width, grids: picked()(width, height, grids),
+        "(height, width) of the grid: they are exchanged":
+            lambda height, width, grids: picked()(height, width, grids)[::-1],
+        "by pixels, not by the shape: the nearest shape may be small": nearest,
+        "the largest grid has most to spare: look at what shows of the picture":
+            lambda height, width, grids: max(grids, key=math.prod),
+        "it is always the first": lambda height, width, grids: grids[0],
+        "the grid itself, not its place in the list": lambda height, width, grids:
+            list(grids).index(picked()(height, width, grids)),
     }
 
 

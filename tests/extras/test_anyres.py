@@ -516,6 +516,65 @@ def test_boxes_by_hand():
     assert top[1] == -20 and bottom[3] == 1100  # 28 rows of the 27 that it covers: half a row too many on each side
 
 
+def stub(plan):
+    """As much of a model as says how it cuts pictures."""
+    tower = SimpleNamespace(image_size=plan.tile, patch_size=plan.patch)
+    ratio = None if plan.cap is None else f"anyres_max_{plan.cap}"
+    config = SimpleNamespace(image_grid_pinpoints=[*plan.grids], vision_aspect_ratio=ratio, vision_config=tower,
+                             image_token_index=3)  # fmt: skip
+    return SimpleNamespace(image_newline=torch.zeros(1), config=config)
+
+
+def edges(plan, images, sizes=None, prompt=(3,)):
+    sizes = torch.tensor([(image.height, image.width) for image in images] if sizes is None else sizes)
+    return lens.tile_edges(stub(plan), torch.tensor([prompt]), sizes, images)
+
+
+@SMALL
+@pytest.mark.parametrize("size", [(90, 60), (61, 128), (75, 75), (301, 97), (500, 480)], ids=str)
+def test_tiles_meet_where_a_photo_is_cut(kind, size):
+    """On a photo whose colours say where they are: what ends one tile and what begins the next lie around the edge."""
+    plan, (width, height) = PLANS[kind], size
+    down, across = np.mgrid[0:height, 0:width] + 0.5
+    photo = np.stack([255 * across / width, 255 * down / height, np.full((height, width), 255)], -1)
+    photo = Image.fromarray(photo.round().astype(np.uint8))
+    (found,) = edges(plan, [photo])
+    _, *tiles = (np.array(tile).astype(float) for tile in anyres.cut(photo, plan, Image.Resampling.BILINEAR))
+    high, wide = (edge // plan.tile for edge in anyres.choose(height, width, plan))
+    assert found["tiles"] == len(tiles) == high * wide
+    wanted = {"down": [], "across": []}  # pairs: the number of an edge, where it is
+    for i in range(high):
+        for j in range(wide):
+            this = tiles[i * wide + j]
+            for name, other, last, first, colour, edge in (
+                ("across", (i, j + 1), this[:, -1], lambda tile: tile[:, 0], 0, width),
+                ("down", (i + 1, j), this[-1], lambda tile: tile[0], 1, height),
+            ):
+                if other[0] < high and other[1] < wide:
+                    pairs = np.stack([last, first(tiles[other[0] * wide + other[1]])])
+                    pairs = pairs[:, (pairs[..., 2] == 255).all(0)]  # nothing of the black around
+                    if pairs.size:
+                        wanted[name].append((i if name == "down" else j, pairs[..., colour].mean() * edge / 255))
+    for name, edge in (("across", width), ("down", height)):
+        numbers = sorted({number for number, _ in wanted[name]})
+        assert len(numbers) == len(found[name])
+        for number, place in wanted[name]:
+            assert abs(found[name][numbers.index(number)] - place) < 0.015 * edge + 1
+
+
+def test_edges_of_tiles_by_hand():
+    """480 x 640 in 2 x 2 tiles meets in the middle; 400 x 1200 twice; with --pad the margin is taken off."""
+    photos = [Image.new("RGB", size) for size in ((640, 480), (1200, 400), (640, 400))]
+    found = edges(NEXT, photos, [(480, 640), (400, 1200), (640, 640)], (3, 3, 3))
+    assert found == [
+        {"tiles": 4, "down": [240.0], "across": [320.0]}, {"tiles": 3, "down": [], "across": [400.0, 800.0]},
+        {"tiles": 4, "down": [200.0], "across": [320.0]},
+    ]  # fmt: skip
+    assert edges(ONEVISION, photos[:2], prompt=(3, 5, 3)) == [None, None]  # several in a prompt are not cut
+    assert edges(ONEVISION, photos[:1])[0]["tiles"] == 4
+    assert lens.tile_edges(SimpleNamespace(image_newline=None), None, None, photos) == [None] * 3
+
+
 @SMALL
 def test_the_map_covers_the_photo_without_gaps(kind):
     """But for the pixels that fill no patch, and where a shrunk map ends a tile."""

@@ -11,6 +11,7 @@ import shutil
 import zlib
 from types import SimpleNamespace
 
+import line
 import pytest
 import tokenizer_files
 import torch
@@ -426,6 +427,10 @@ def shown(tab):
     return chosen, None if framed is None else (round(framed[1]), round(framed[0])), tab.inner_text("#now")
 
 
+def token(tab, i):
+    return tab.locator("#answer button").nth(i)
+
+
 def light(tab):
     """How much of its colour each patch has."""
     return tab.eval_on_selector_all(".photo rect.patch", "all => all.map(rect => +rect.getAttribute('fill-opacity'))")
@@ -497,7 +502,7 @@ def test_keyboard_mouse_and_touch(visit, page_file, browser):
     assert shown(tab)[0] == words[3]
     tab.keyboard.press("Shift+Tab")
     phone = visit(page_file, viewport={"width": 375, "height": 700}, has_touch=True, is_mobile=True)
-    phone.tap("#answer button:nth-child(6)")
+    token(phone, 5).tap()
     assert shown(phone)[0] == words[5]
 
 
@@ -528,8 +533,8 @@ def test_pointing_shows_and_clicking_chooses(visit, page_file):
     data = data_of(page_file.read_text())
     averaged = maps_of(data)[0].int() / explain.LEVELS
     tab = visit(page_file)
-    tab.click("#answer button:nth-child(3)")
-    tab.hover("#answer button:nth-child(9)")
+    token(tab, 2).click()
+    token(tab, 8).hover()
     assert shown(tab)[0] == data["words"][2]["text"].strip() and "Token 9 of" in shown(tab)[2]
     assert light(tab) == pytest.approx(averaged[8].tolist(), abs=1e-3)
     tab.hover("#layer")
@@ -566,7 +571,7 @@ def test_the_way_back(visit, page_file):
         tab.keyboard.press(key)
     tab.keyboard.press("Enter")
     assert "(row 3, column 3 of 7 × 7 patches)" in shown(tab)[2] and shown(tab)[0] == before  # from the middle
-    tab.click("#answer button:nth-child(2)")
+    token(tab, 1).click()
     assert "Token 2 of" in shown(tab)[2] and sum(looks(tab)) == 0
 
 
@@ -668,8 +673,26 @@ def test_a_picture_in_tiles(visit, tmp_path):
     tab.mouse.move(0, 0)
     assert [look > 0 for look in looks(tab)] == [False, False, True, False]
     assert tab.locator("#heads .head").count() == 4
-    tab.click("#answer button:nth-of-type(2)")
+    token(tab, 1).click()
     assert "the whole, the bottom middle (row 2, column 2 of 2 × 3 patches)" in tab.inner_text("#now")
+
+
+@pytest.mark.slow
+def test_a_model_that_cuts_pictures_shows_its_tiles(visit, main, tmp_path):
+    """Where they meet is drawn, and the line below says that the picture was seen twice."""
+    folder = line.make(tmp_path / "next", "next-mistral")
+    line.photo(60, 80).save(tmp_path / "photo.png")
+    _, _, data = pages(main, tmp_path, "--model", folder, "--image", tmp_path / "photo.png", "--max-new-tokens", 4)
+    (picture,) = data["pictures"]
+    side = llava.load(folder, device="cpu")[0].vision.grid
+    assert (picture["rows"], picture["columns"]) == (2 * side, 2 * side) and maps_of(data).max() == explain.LEVELS
+    assert picture["tiles"] == {"tiles": 4, "down": [30.0], "across": [40.0]}
+    assert seen(picture) == pytest.approx([0, 0, 1, 1])
+    tab = visit(tmp_path / "page.html")
+    assert tab.locator(".tiles path").first.get_attribute("d") == "M0 30H80M40 0V60"
+    assert "Seen twice: as a whole, and in 4 tiles" in tab.inner_text("figcaption")
+    tab.keyboard.press("p")
+    assert not tab.locator(".tiles").is_visible()  # the plain picture is plain
 
 
 def shown_names(tab):
@@ -700,7 +723,7 @@ def test_many_heads_are_all_there_where_most_are_coarse(visit, tmp_path, monkeyp
     tab.select_option("#layer", index=4)
     tab.select_option("#head", index=6)
     tab.keyboard.press("End")
-    tab.click("#answer button:nth-of-type(2)")
+    token(tab, 1).click()
     lit = light(tab)
     assert lit == pytest.approx((maps_of(data)[view, 1].int() / explain.LEVELS).tolist(), abs=1e-3)
     assert min(lit[i] for i in (0, 2, 24 + 1, 48 + 2)) == 1 and lit[3] < 1
@@ -719,8 +742,10 @@ def test_doubt_is_seen_at_the_words(visit, tmp_path):
     assert tab.inner_text("#doubt") == "“was”"
     tab.click("#doubt")
     assert shown(tab)[0] == "was"
-    width = tab.eval_on_selector("#answer button:nth-of-type(2)", "e => getComputedStyle(e).backgroundSize")
-    assert "60%" in width
+    sizes = "all => all.map(e => getComputedStyle(e).backgroundSize)"
+    sizes = tab.eval_on_selector_all("#answer button", sizes)
+    assert re.match(r"max\(\d[.\d]*px, 60%\) 3px", sizes[1]) and re.match(r"max\(\d[.\d]*px, 1%\)", sizes[0])
+    assert re.match(r"(max\(0px, 0%\)|0%|0px) 3px", sizes[3])  # where nothing is missing, no line
 
 
 def test_words_are_set_as_text(visit, page_file):
@@ -740,12 +765,40 @@ def test_words_are_set_as_text(visit, page_file):
     assert max(lines.values()) - min(lines.values()) < 1
 
 
+def test_what_belongs_to_a_word_stays_on_its_line(visit, tmp_path):
+    """At no width does a comma, the end or the rest of a word begin a line; Chinese may be broken anywhere."""
+    texts = ("A", " whole", " con", "nect", "or", ",", " 12", "3", " is", " un", "usual", ".", "</s>")
+    chinese = (" ", *"猫坐在很长很长的桌子上看着外面的雨下了一整天没有停", "。", "</s>")
+    for texts_, narrow in ((texts, 330), (chinese, 330)):
+        words = [{"text": text, "p": 1.0, "end": text == "</s>", "others": []} for text in texts_]
+        data = {"words": words, "pictures": [], "views": [], "maps": "", "opens": 0}
+        tab = visit(made(tmp_path, data, "How it answered"))
+        broken = set()
+        for width in range(narrow, narrow + 160, 8):
+            tab.set_viewport_size({"width": width, "height": 700})
+            tops = "all => all.map(e => Math.round(e.getBoundingClientRect().bottom / 12))"
+            tops = tab.eval_on_selector_all("#answer button:not(.end)", tops)
+            broken |= {i + 1 for i, (a, b) in enumerate(itertools.pairwise(tops)) if abs(a - b) > 1}
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            end, last = (tab.eval_on_selector_all(f"#answer {which}", "all => all.at(-1).getBoundingClientRect().top")
+                         for which in (".end", "button:not(.end)"))  # fmt: skip
+            assert abs(end - last) < 15
+        if texts_ is texts:
+            assert broken and all(texts[i].startswith(" ") for i in broken)
+        else:
+            assert broken and chinese.index("。") not in broken
+
+
 def test_a_phone_and_the_dark(visit, page_file):
     """Nothing is wider than a phone's screen, the picture stays in sight, and in the dark text is light on dark."""
     phone = visit(page_file, viewport={"width": 360, "height": 640})
     assert phone.evaluate("document.documentElement.scrollWidth") <= 360
     for part in (".scroll", ".maps"):  # the tables fit, nothing of them is out of sight
         assert phone.eval_on_selector(part, "e => e.scrollWidth - e.clientWidth") <= 0
+    for part in ("#layer", "#head"):  # room for the whole of what is chosen, and the arrow beside it
+        box = phone.locator(part).bounding_box()
+        assert box["x"] + box["width"] <= 360 and box["width"] >= 66
+    assert abs(phone.locator("#back").bounding_box()["y"] - phone.locator("#head").bounding_box()["y"]) < 3  # one row
     phone.locator("#answer button").last.scroll_into_view_if_needed()
     box = phone.locator(".photo").bounding_box()
     assert box["y"] >= -1 and box["height"] > 150

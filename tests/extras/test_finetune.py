@@ -63,7 +63,9 @@ WAYS = {
 def test_it_learns_saves_and_loads(folder, tmp_path, capsys, way):
     out, (options, learnt) = tmp_path / "mine", WAYS[way]
     assert finetune.main([str(folder), "--out", str(out), "--epochs", "20", "--device", "cpu", *options]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "20 conversations to learn from; 4 questions about 4 pictures are kept back" in told  # before it trains
+    assert "answered before and after: 4 answers are too few to tell\n" in told
     losses = [float(x) for x in said.splitlines()[0].replace(",", "").split() if x.replace(".", "").isdigit()]
     assert losses[1] < losses[0] / 3 and losses[3] < losses[2] / 2  # on what was kept back, too
     assert "→ 4 of 4" in said or "→ 3 of 4" in said

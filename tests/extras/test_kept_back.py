@@ -20,13 +20,25 @@ from extras.conversations import Example
         ((100, 10, 35, 30), "no better than about another picture"),
         ((100, 10, 30, 30), "no better than about another picture"),
         ((100, 90, 95, 30), "better than about another picture, but not than before"),
+        ((100, 10, 95, 30, 19), "100 answers about no more than 19 pictures are too few to tell"),
+        ((100, 10, 95, 30, 1), "100 answers about no more than 1 picture are too few to tell"),
+        ((100, 10, 95, 30, 20), "learnt: the true share lies between 76% and 99%"),  # 19 of 20
+        ((100, 10, 95, 80, 20), "no better than about another picture"),
+        ((19, 0, 19, 0, 19), "19 answers are too few to tell"),
     ],
 )
 def test_the_verdict(numbers, said):
     first, second = kept_back.verdict(*numbers).split("\n")
-    number, before, after, other = numbers
+    number, before, after, other = numbers[:4]
     assert first.endswith(f": {before} → {after} of {number}, about another picture {other} of {number}")
     assert said in second
+
+
+def test_what_is_too_few_is_known_before_training():
+    asked = [(f"{i % 10}.png", [], "yes") for i in range(50)]
+    assert kept_back.pictures(asked) == 10
+    assert kept_back.too_few(50, 10) == "50 answers about no more than 10 pictures are too few to tell"
+    assert kept_back.too_few(20, 20) is None and kept_back.too_few(19, 30) == "19 answers are too few to tell"
 
 
 def test_the_interval_is_wilsons():
