@@ -138,7 +138,16 @@ def check_startable(command):
         assert not unknown, f"{words[1]} has no {', '.join(sorted(unknown))}"
 
 
-@pytest.mark.parametrize("example", COMMANDS, ids=str)
+def takes_seconds(command):
+    """Whether a test of it does: each script that is asked for its options is started."""
+    asked = any(re.fullmatch(pattern, command) for pattern in LONG) and command.startswith("python") and "--" in command
+    return asked or command == "python tests/parity.py"
+
+
+@pytest.mark.parametrize("example", [
+    pytest.param(example, id=str(example), marks=[pytest.mark.slow] if takes_seconds(example.source) else [])
+    for example in COMMANDS
+])  # fmt: skip
 def test_command(example):
     if example.source.startswith("python3 -m venv"):
         assert example.output is None
