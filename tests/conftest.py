@@ -30,6 +30,14 @@ SETTLED = {
 speed.FIXED.update(SETTLED)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """What opens a page in a browser takes seconds: it is slow."""
+    for item in items:
+        if "browser" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """family → the folder of a random checkpoint in the published layout, float32."""

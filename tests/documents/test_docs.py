@@ -141,7 +141,7 @@ def check_startable(command):
 def takes_seconds(command):
     """Whether a test of it does: each script that is asked for its options is started."""
     asked = any(re.fullmatch(pattern, command) for pattern in LONG) and command.startswith("python") and "--" in command
-    return asked or command == "python tests/parity.py"
+    return asked or command in ("python tests/parity.py", "python docs/architecture.py", "python docs/drawings.py")
 
 
 @pytest.mark.parametrize("example", [
