@@ -1,6 +1,7 @@
 """docs/porting.md: its tables are those of the code, its bugs show where it says, and the stored dump is up to date."""
 
 import contextlib
+import importlib
 import inspect
 import re
 import sys
@@ -113,22 +114,32 @@ HIDDEN = [bug.replace("`", "") for bug, *_ in table("bug | needs | symptom")]
 
 @contextlib.contextmanager
 def planted(file, right, wrong):
-    """Inside of it, the modules are copies of ours, one of which has a bug → the llava of that copy."""
-    kept = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in (*MODULES, "extras")}
+    """Inside of it, the four modules are copies of ours; in one, or in a file of extras/, is a bug → their llava.
+
+    No other file of extras/ is copied: what registers operators with torch must not be there twice.
+    """
+    names = [*MODULES, *([file[:-3].replace("/", ".")] if file[:-3] not in MODULES else [])]
+    kept = {name: importlib.import_module(name) for name in names}
     try:
-        for name in MODULES if file[:-3] in MODULES else (*MODULES, file[:-3].replace("/", ".")):
+        for name in names:
+            put(name, types.ModuleType(name))
             path = ROOT / f"{name.replace('.', '/')}.py"
             source = path.read_text(encoding="utf-8")
-            module = sys.modules[name] = types.ModuleType(name)
-            module.__file__ = str(path)
+            sys.modules[name].__file__ = str(path)
             source = source.replace(right, wrong) if path == ROOT / file else source
-            exec(compile(source, path, "exec"), vars(module))
+            exec(compile(source, path, "exec"), vars(sys.modules[name]))
         yield sys.modules["llava"]
     finally:
-        for name in [*sys.modules]:
-            if name.split(".")[0] in (*MODULES, "extras"):
-                del sys.modules[name]
-        sys.modules.update(kept)
+        for name, module in kept.items():
+            put(name, module)
+
+
+def put(name, module):
+    """What is imported under this name from now on, also by `from package import module`."""
+    sys.modules[name] = module
+    package, _, last = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
 
 
 @pytest.fixture(scope="module")
