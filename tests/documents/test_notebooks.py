@@ -435,7 +435,7 @@ def check(yours, right, *cases, mistakes, also=()):
 def test_it_runs_and_prints_what_is_kept(file):
     """And each wrong answer is told what wrong_answers.txt says, in the same run; no mistake that is known passes."""
     if file == EYES and smollm2.file() is None:
-        pytest.skip(f"needs a real language model: {smollm2.GET}")
+        pytest.skip(smollm2.NEEDS)
     tried = [answer for answer in answers() if answer[0][0] == file.name[0]]
     apart = [(f"{file.name[0]}.{i}", TOLD_APART) for i in (1, 2, 3)]
     fresh, seconds, said = run.execute(file, [(number, code) for number, _, code in tried] + apart)
