@@ -308,6 +308,24 @@ def test_places_are_those_of_the_source(capsys):
     assert [line.strip()[:10] for line in lines[1:]] == ["...", "is_image =", "...", "return x i"]
 
 
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+def test_the_source_that_is_kept_is_that_of_the_modules(file, capsys):
+    """What show and where print of it, its lines' numbers too, found without running the notebook."""
+    cells = code(run.read(file))
+    parsed = [(statement, cell) for cell in cells for statement in ast.parse(cell.source).body]
+    space = {}
+    for statement, _ in parsed:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(statement), space)
+    printed = 0
+    for statement, cell in parsed:
+        if re.match(r"(show|where)\(", words := ast.unparse(statement)):
+            exec(words, space)
+            assert capsys.readouterr().out in run.text(cell), "run python notebooks/run.py --write"
+            printed += 1
+    assert printed
+
+
 def test_a_changed_output_is_found():
     kept = run.read(NOTEBOOKS[0])
     fresh = run.read(NOTEBOOKS[0])
