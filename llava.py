@@ -204,12 +204,12 @@ class Llava(nn.Module):
         past + T), 1 = real; position_ids (B, T): None as in Llama.forward. kv_cache: from init_kv_cache, filled in
         place. labels (B, T): -100 is ignored, as are the positions of pictures. logits_to_keep: logits of the last n
         positions (0: all), or of a tensor of positions.
-        Raises ValueError for shapes that do not belong together, and for numbers out of range.
+        Raises ValueError for shapes that do not match, and for numbers out of range.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None and pixel_values is not None:
-            raise ValueError("inputs_embeds come merged: pixel_values beside them would not be used")
+            raise ValueError("inputs_embeds hold the pictures already: leave out pixel_values")
         shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
         attention_mask = llama.real_tokens(attention_mask, kv_cache, shape, self.device)
         if labels is not None and labels.shape != shape:
@@ -265,8 +265,8 @@ class Llava(nn.Module):
         labels = None if labels is None else grow(labels.to(self.device), -100)
         return grow(input_ids, self.config.padding), mask, labels
 
-    def expanded(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, image_sizes=None):
-        """expand before a picture is encoded → ids and mask: how many positions will this prompt take?"""
+    def prompt_ids(self, input_ids, pixel_values=None, attention_mask=None, kv_cache=None, image_sizes=None):
+        """expand, before a picture is encoded → ids and mask: how many positions will this prompt take?"""
         input_ids = input_ids.to(self.device)
         attention_mask = llama.real_tokens(attention_mask, kv_cache, input_ids.shape, self.device)
         counts = [] if pixel_values is None else self.feature_counts(pixel_values, image_sizes, input_ids)
@@ -284,7 +284,7 @@ class Llava(nn.Module):
         kv_cache: the prompts go on from it; None: a new one. Padding goes to the left, wherever it was: the next token
         has to follow the last real one.
         """
-        input_ids, attention_mask = self.expanded(input_ids, pixel_values, attention_mask, kv_cache, image_sizes)
+        input_ids, attention_mask = self.prompt_ids(input_ids, pixel_values, attention_mask, kv_cache, image_sizes)
         B, T = input_ids.shape
         past, new = attention_mask[:, :-T], attention_mask[:, -T:]
         order = new.long().argsort(dim=1, stable=True)  # (B, T), padding first
@@ -430,7 +430,7 @@ class Processor:
     def __call__(self, text, images=None, pad=None):
         """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and pixel_values.
 
-        text: special tokens in it count as such; one image_token for each picture. Rows are padded on the left to the
+        text: special tokens in it are tokens; one image_token for each picture. Rows are padded on the left to the
         longest. images: a PIL image, a path, a list of them in reading order over all rows, or a list of such lists,
         one for each row. pad: as in vision.preprocess. input_ids and attention_mask (B, T) int64, pixel_values
         (N, 3, H, W) float32, if there are pictures, and what get_image_features takes with them. Raises ValueError or

@@ -203,9 +203,9 @@ def rope(text, where):
     """A text_config with its rotary fields, which have an old and a new place, as TextConfig has them."""
     scaling = (text.pop("rope_scaling", None) or {}) | (text.pop("rope_parameters", None) or {})
     kinds = [kind for name in ("rope_type", "type") if (kind := scaling.pop(name, None)) is not None]
-    kind = [*kinds, "default"][0]
-    if any(other not in list(ROPES) for other in kinds):
-        raise ValueError(f"{where}: text_config.rope_scaling is {kinds[-1]!r}; supported: {', '.join(ROPES)}")
+    kind = next((kind for kind in kinds if kind not in list(ROPES)), [*kinds, "default"][0])
+    if kind not in list(ROPES):
+        raise ValueError(f"{where}: text_config.rope_scaling is {kind!r}; supported: {', '.join(ROPES)}")
     numbers = [scaling.pop(name, None) for name in ROPES[kind]]
     if None in numbers:
         raise ValueError(f"{where}: text_config.rope_scaling lacks {ROPES[kind][numbers.index(None)]} of {kind}")

@@ -12,7 +12,7 @@
 //
 // note(name, numbers, width) hears each stage; watch(t, weights), in every head, what position t looks at.
 
-let planted = ""; // the name of one of five bugs of real programs, as notebook 6 collects them, each a line below
+let planted = ""; // the name of one of five bugs of real programs (notebook 6 has them, too), each a line below
 
 // ---------------------------------------------------------------------------------------------------------------------
 // vision.py

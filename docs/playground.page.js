@@ -497,11 +497,12 @@ async function open(file) {
     context.drawImage(bitmap, 0, 0, w, h);
     const { data } = context.getImageData(0, 0, w, h);
     state.own = { width: w, height: h, data, bitmap, short, left: (width - short) / 2, top: (height - short) / 2 };
-    Object.assign(state, { chosen: null, pinned: null, before: null, done: null });
+    Object.assign(state, { chosen: null, pinned: null, before: null, done: null, words: [] });
     drawBoard();
+    drawAnswer();
     refresh();
   } catch {
-    $("caption").textContent = `${file.name} is not a picture that this browser can read.`;
+    refuse("caption", `${file.name} is not a picture that this browser can read.`);
   }
 }
 $("file").onchange = () => {
@@ -560,11 +561,17 @@ async function next() {
         answered();
       }
     } catch (error) {
-      $("time").textContent = error.message;
+      refuse("time", error.message);
     } finally {
       running = null;
     }
   }
+}
+
+// Says what cannot be done, where it is seen and where a screen reader hears it.
+function refuse(place, text) {
+  clearTimeout(speaking);
+  $(place).textContent = $("said").textContent = text;
 }
 
 function ask(question) {
@@ -588,7 +595,7 @@ for (const kind of Object.keys(QUESTIONS)) {
       kind === "describe" ? QUESTIONS.describe() : subject && QUESTIONS[kind](subject, things, state.turn);
     for (const other of $("kinds").children) other.setAttribute("aria-pressed", String(other === button));
     if (question) ask(question);
-    else $("time").textContent = "For this question there have to be more shapes on the picture.";
+    else refuse("time", "For this question there have to be more shapes on the picture.");
   };
   $("kinds").append(button);
 }
@@ -864,7 +871,7 @@ function drawComparison() {
         ? "It answers all the same. "
         : "No error, no warning: only other words. ") +
     (first
-      ? `Hold the numbers against the right ones, stage after stage: the first that departs is ${first.name}, ` +
+      ? `Compare the numbers with the right ones, stage after stage: the first that departs is ${first.name}, ` +
         `${called(first.name)}, by ${percent(Math.min(1, first.by))} of its largest number.`
       : "");
 }

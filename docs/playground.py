@@ -3,6 +3,7 @@
     python docs/playground.py                 write the page
     python docs/playground.py --screenshot    and docs/playground.png, with chromium and playwright
     python docs/playground.py --check         exit status 1 if the page is older than what it is made of
+    python docs/playground.py --time          how long an answer takes here, the picture at rest and while it changes
 
 It is made of playground.template.html (the page), playground.llava.js (LLaVA in JavaScript, to be read beside the
 Python) and the three files behind it, playground.page.js (what a person does) and the files of tiny/. The weights go in
@@ -11,9 +12,11 @@ as they are stored.
 
 import argparse
 import base64
+import contextlib
 import json
 import re
 import shutil
+import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -76,8 +79,9 @@ def build(tiny=TINY):
     return re.sub(r"%%(\w+)%%", lambda found: parts[found[1]], template)
 
 
-def screenshot():
-    """The page while a shape is moved, at a word that tells where it is."""
+@contextlib.contextmanager
+def opened():
+    """The page in chromium, when it has answered some times: a browser compiles what it runs often."""
     from playwright.sync_api import sync_playwright
 
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -86,6 +90,37 @@ def screenshot():
         tab = browser.new_page(viewport={"width": 1180, "height": 720})
         tab.goto(PAGE.as_uri())
         tab.wait_for_selector("body[data-ready]", state="attached")
+        for _ in range(10):
+            answer(tab)
+        yield tab
+        browser.close()
+
+
+def answer(tab, x=0.3):
+    """[ms to the first word, ms to the last] of a description, seen from the page; x: where the star is."""
+    return tab.evaluate(
+        """async x => {
+          const things = state.scene.things.map(thing => (thing.shape === "star" ? { ...thing, x } : thing));
+          const picture = llava.paint({ ...state.scene, things }), began = performance.now(), marks = [];
+          await llava.answer(picture, "Describe the image.", {}, () => marks.push(performance.now() - began));
+          return [marks[0], marks.at(-1)];
+        }""",
+        x,
+    )
+
+
+def times(number=20):
+    """Print the medians of so many answers, at rest and with another place of the star each time."""
+    with opened() as tab:
+        changing = [0.2 + 0.6 * i / number for i in range(number)]
+        for words, places in (("at rest", [0.3] * number), ("changing", changing)):
+            first, last = zip(*(answer(tab, x) for x in places), strict=True)
+            print(f"{words:<8}  first word {statistics.median(first):4.0f} ms, whole {statistics.median(last):4.0f} ms")
+
+
+def screenshot():
+    """The page while a shape is moved, at a word that tells where it is."""
+    with opened() as tab:
         star = tab.locator(".thing[aria-label*=star]")
         star.hover()
         tab.mouse.down()
@@ -97,14 +132,17 @@ def screenshot():
         tab.mouse.move(2, 2)
         tab.wait_for_timeout(1000)
         tab.screenshot(path=PAGE.with_suffix(".png"))
-        browser.close()
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--screenshot", action="store_true", help="make docs/playground.png as well")
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
+    parser.add_argument("--time", action="store_true", help="measure the page as it is, with chromium and playwright")
     options = parser.parse_args(arguments)
+    if options.time:
+        times()
+        return 0
     page = build()
     if options.check:
         stale = not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page

@@ -186,7 +186,7 @@ def margins(height, width, rows, columns):
     """What of the map of a padded picture is trimmed: rows at top and bottom, columns at left and right (unpad_image).
 
     Half of what is too much, rounded down: of an odd number, one row or column more than the picture covers stays. The
-    7 digits repair 62.9999999; the sizes have to be whole numbers of Python, for the same reason.
+    7 digits repair 62.9999999; the sizes have to be Python's integers, for the same reason.
     """
     if width / height > columns / rows:
         return (rows - int(round(height * (columns / width), 7))) // 2, 0
@@ -249,7 +249,7 @@ def lone(input_ids, image_token, image_sizes, plan):
 
 
 def check_sizes(image_sizes):
-    """image_sizes (N, 2) as a list of pairs of Python's whole numbers. Raises ValueError if they are something else."""
+    """image_sizes (N, 2) as a list of pairs of Python's integers. Raises ValueError if they are something else."""
     sizes = None
     with contextlib.suppress(TypeError, ValueError, RuntimeError):  # of what is no table of numbers
         sizes = torch.as_tensor(image_sizes)

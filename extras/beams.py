@@ -1,7 +1,7 @@
 """Beam search: keep the n likeliest beginnings instead of one. And the score of answers that are given.
 
 Both go over the verbs of llava.py: prefill, step, reorder_cache. The state of a search is a dict of tensors, as the
-cache is. Greedy decoding is a search with one beam; a test holds the two against each other.
+cache is. Greedy decoding is a search with one beam; a test compares the two.
 
     letter   meaning
     B, T     rows of the batch, positions of a prompt

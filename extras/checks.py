@@ -108,7 +108,7 @@ class Tokenizer(llama.Tokenizer):
         try:
             ids = [operator.index(i) for i in ids]
         except TypeError:
-            raise ValueError(f"ids are a list of whole numbers, and not {ids!r:.100}") from None
+            raise ValueError(f"ids are a list of integers, and not {ids!r:.100}") from None
         rows = 0 if self.text_config is None else self.text_config.vocab_size
         for i in ids:
             if not 0 <= i < rows and not (0 <= i < 2**32 and self.bpe.id_to_token(i) is not None):

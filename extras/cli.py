@@ -30,7 +30,7 @@ AUTHORS_SYSTEM = (  # the sentence that the authors' own code puts in front of e
 def program():
     """What `python llava.py` runs → exit status. Ctrl-C stops it without a traceback, while it starts and ends, too."""
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and goes on doing so
+    if usual is signal.default_int_handler:  # a job in the background ignores Ctrl-C, and this leaves it so
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # weights in pages of 2 MB, not 4 kB: a sixth faster to read
     leave = signal.getsignal(signal.SIGINT)

@@ -115,7 +115,7 @@ def check(model, processor, examples):
     for x in examples:
         inputs = batch(processor, [x])
         inputs.pop("labels")
-        if model.expanded(**inputs)[0].shape[1] > context(model):
+        if model.prompt_ids(**inputs)[0].shape[1] > context(model):
             raise ValueError(f"the question about {x.image} is too long: the model has {context(model)} positions")
 
 

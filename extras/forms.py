@@ -65,7 +65,7 @@ HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"  # of a turn in Llama 3
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 July 2024\n\n"  # of Llama 3.1's template, always these
 
 VICUNA = Form()
-BAKLLAVA = Form(user=("USER: ", "\nASSISTANT:"))  # as on its card; the template in its repository is another model's
+BAKLLAVA = Form(user=("USER: ", "\nASSISTANT:"))  # as on its card: the template beside it is of another model
 VICUNA_NEXT = Form(opening=CURIOUS)
 MISTRAL = Form(system=("", "\n"), user=("[INST] ", " [/INST]"))
 HASHES = Form(

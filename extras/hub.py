@@ -24,7 +24,7 @@ def find(model, revision=None):
     """A folder, "tiny", "small" or a Hub id → the folder (pathlib.Path). Of a Hub id all but the weights is downloaded,
     unless the Hub's cache has it: `complete` fetches these, once the rest has been looked at.
 
-    Raises OSError with a finished sentence.
+    Raises OSError with a complete message.
     """
     if model in OWN:
         folder = Path(__file__).resolve().parent.parent / OWN[model]
@@ -55,7 +55,7 @@ def complete(model, folder, fits=lambda size: None):
     folder → the folder. What is downloaded is said before. An interrupted download resumes.
 
     fits: called with the size of the files in bytes, None if the Hub does not tell it, before anything is downloaded:
-    it raises what keeps the model from being used here. Raises ValueError or OSError with a finished sentence.
+    it raises what keeps the model from being used here. Raises ValueError or OSError with a complete message.
     """
     if model not in OWN and not Path(model).is_dir():
         sharded = not (folder / SINGLE).exists() and (folder / INDEX).exists()
@@ -133,7 +133,7 @@ def absences(repo, name, folder):
 
 @contextlib.contextmanager
 def refusals(repo, revision=None):
-    """Turn what the Hub's client raises into an OSError with a finished sentence; not that a file is missing."""
+    """Turn what the Hub's client raises into an OSError with a complete message; not that a file is missing."""
     from huggingface_hub import constants, errors
 
     here = f"{repo} at revision {revision}" if revision else repo

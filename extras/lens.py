@@ -2,7 +2,7 @@
 
     stages = trace(model, **processor.chat([("user", "What is there?")], [image]))  # {"vision.0": tensor, ...}
 
-The modules know nothing of this. Stages are named as in tests/parity.py, and a test holds the two against each other:
+The modules know nothing of this. Stages are named as in tests/parity.py, and a test compares the two:
 
     ids, pixels            what goes in, the image token once for each patch
     vision.0 … vision.i    the tower's embedding, then the output of each block that is run
@@ -76,7 +76,7 @@ def trace(model, **inputs):
     found = {}
     if inputs.get("input_ids") is not None:
         names = ("input_ids", "pixel_values", "attention_mask", "kv_cache", "image_sizes")
-        found["ids"] = model.expanded(**{name: inputs.get(name) for name in names})[0]
+        found["ids"] = model.prompt_ids(**{name: inputs.get(name) for name in names})[0]
     if inputs.get("pixel_values") is not None:
         found["pixels"] = inputs["pixel_values"]
     with hear(model, found.__setitem__):

@@ -253,6 +253,7 @@ class Int4Linear(QuantizedLinear):
     BITS, ROWS_OF_SCALE = 4, 1
     KERNELS = ("torch",)
     GROUP = 32  # columns
+    LOW = 0x0F0F0F0F0F0F0F0F  # the lower half of each of eight bytes
 
     def __init__(self, in_features, out_features, dtype, **settings):
         super().__init__(in_features, out_features, dtype, **settings)
@@ -276,14 +277,12 @@ class Int4Linear(QuantizedLinear):
 
     def product(self, x, q, start, end):
         half, groups = self.q.shape[-1], self.columns // self.GROUP
-        q = q[start // (2 * half) : end // (2 * half)]
-        scale, zero = self.scale[:, start:end].to(x.dtype).view(groups, 1, -1, 2, half, 2).unbind(5)
-        zero = zero - 8 * scale
-        weight = x.new_empty(groups, self.GROUP, len(q), 2, half)  # Wᵀ
-        for i, part in enumerate((q & 15, q >> 4)):
-            part = part.to(x.dtype).unflatten(1, (groups, self.GROUP)).permute(1, 2, 0, 3)
-            weight[..., i, :] = torch.addcmul(zero[..., i, :], part, scale[..., i, :])
-        return x @ weight.flatten(0, 1).flatten(1)
+        pairs = q[start // (2 * half) : end // (2 * half)].view(torch.int64).transpose(0, 1)  # eight bytes at once
+        q = torch.stack([pairs & self.LOW, pairs >> 4 & self.LOW], dim=2)  # (columns, blocks, 2, HALF / 8)
+        q = q.view(torch.uint8).view(groups, self.GROUP, end - start)  # the rows in their order
+        scale, zero = self.scale[:, None, start:end].to(x.dtype).unbind(3)
+        weight = torch.addcmul(zero - 8 * scale, q.to(x.dtype), scale)  # Wᵀ
+        return x @ weight.flatten(0, 1)
 
     def pack(self):
         pass  # they lie as the kernel wants them

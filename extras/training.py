@@ -56,7 +56,7 @@ def resize_token_embeddings(model, n):
     average one (Hewitt 2021, "Initializing new word embeddings").
     """
     if type(n) is not int or n < 1:
-        raise ValueError(f"the vocabulary cannot have {n!r} rows: give a whole number of at least 1")
+        raise ValueError(f"the vocabulary cannot have {n!r} rows: give an integer of at least 1")
     if not isinstance(model.llama.head, nn.Linear):
         raise ValueError(
             "a quantised or packed model cannot be resized: load it without quantize, compile or inference mode"

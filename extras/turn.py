@@ -90,7 +90,7 @@ def as_text(tokenizer, ids, seen=None):
 
 def check_prompt(model, processor, options, pieces, inputs, past=0):
     """Where a prompt ends, behind `past` positions. Refuses one that is too long; prints it to stderr if asked to."""
-    new = model.expanded(**inputs)[0].shape[1]
+    new = model.prompt_ids(**inputs)[0].shape[1]
     if past + new > context(model):
         hint = "ask for less at once"
         if past:

@@ -1,4 +1,4 @@
-"""`check` of the exercises: holds a solution against what is right, and says what helps.
+"""`check` of the exercises: compares a solution with what is right, and says what helps.
 
 It names a cause only where the solution gives what that mistake gives, in every case. Where no listed mistake does, it
 says what distinguishes the two values: another kind or shape, the right numbers in another order, a factor, a shift;
@@ -45,7 +45,7 @@ class Spoiled(Raised):
 
 
 def check(yours, right, *cases, mistakes=None, also=()):
-    """Hold a solution against what is right, and print what is wrong with it, or "Right.".
+    """Compare a solution with what is right, and print what is wrong with it, or "Right.".
 
     yours, right: functions, called with each of the cases (tuples of arguments); without cases, values. An answer of
     ... is not there yet. mistakes: {what to say: a function that makes this mistake, or a value}. also: other values

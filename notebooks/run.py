@@ -1,4 +1,4 @@
-"""Runs the notebooks, and holds what they print against what is kept in them.
+"""Runs the notebooks, and compares what they print with what is kept in them.
 
     python notebooks/run.py                    all; exit status 1 if one fails or prints something else
     python notebooks/run.py 4 7                only those

@@ -216,7 +216,7 @@ def table(names=tuple(LINE)):
         inputs = processor.chat([("user", parity.QUESTION)], [image])
         cache = model.init_kv_cache(1, 900)
         steps = model.generate(**inputs, max_new_tokens=8, kv_cache=cache)
-        ids, _ = model.expanded(**inputs)
+        ids, _ = model.prompt_ids(**inputs)
         more = {key: inputs[key] for key in ("pixel_values", "image_sizes") if key in inputs}
         more["pixel_values"] = more["pixel_values"].double()
         with torch.no_grad():

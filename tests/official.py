@@ -162,7 +162,7 @@ def compare(case, model, processor, folder):
         sizes = inputs["image_sizes"].tolist()
         yield "image_sizes", sizes == case.sizes, sizes, case.sizes
     if case.positions is not None:
-        positions = model.expanded(**inputs)[0].shape[1]
+        positions = model.prompt_ids(**inputs)[0].shape[1]
         yield "positions", positions == case.positions, positions, case.positions
     if case.logits is not None:
         with torch.no_grad():

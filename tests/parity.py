@@ -42,7 +42,7 @@ SIXTEEN = (torch.bfloat16, torch.float16)
 def ours(model, processor, image, gradients=True, pad=None, question=QUESTION):
     """Every stage of our model on one question about one picture: {name: tensor}, in the order of the data's flow."""
     inputs = processor.chat([("user", question)], [image], pad)
-    ids, _ = model.expanded(**inputs)
+    ids, _ = model.prompt_ids(**inputs)
     pictures = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
     stages = {"ids": ids, "pixels": inputs["pixel_values"]}
     with torch.no_grad():

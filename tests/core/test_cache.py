@@ -66,7 +66,7 @@ def test_a_prompt_cut_between_ids_equals_the_whole(model, inputs, cut):
 
 
 def test_cached_equals_the_reference(model, reference, inputs):
-    ids, *_ = model.expanded(**inputs)
+    ids, *_ = model.prompt_ids(**inputs)
     theirs = reference(input_ids=ids, pixel_values=inputs["pixel_values"].double()).logits
     ours = read(model, embeddings(model, inputs), [11, 1, 1, SIZE - 13])
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9 * theirs.abs().max().item())
@@ -86,7 +86,7 @@ def test_padding_on_the_left_stays_masked_in_chunks_and_steps(model, inputs):
     full = model(**inputs).logits
     padded = torch.tensor([[PAD] * 5 + TEXT])
     mask = (padded != PAD).long()
-    _, real = model.expanded(padded, inputs["pixel_values"], mask)
+    _, real = model.prompt_ids(padded, inputs["pixel_values"], mask)
     x = model(padded, inputs["pixel_values"], mask, output_hidden_states=True).hidden_states[0]
     cache, logits = model.init_kv_cache(1, x.shape[1]), []
     first = model(inputs_embeds=x[:, :9], attention_mask=real[:, :9], kv_cache=cache).logits

@@ -112,6 +112,7 @@ def test_the_class_defaults_are_those_of_transformers(tmp_path):
     ({"text_config": "x"}, "text_config is 'x'"),
     ({"vision_config": [1]}, "vision_config is [1]"),
     ({"text_config": {"rope_scaling": "x"}}, "rope_scaling is 'x'"),
+    ({"text_config": {"rope_scaling": {"rope_type": "x", "type": "default"}}}, "rope_scaling is 'x'"),
     ({"text_config": {"model_type": ["llama"]}}, "text_config.model_type is ['llama']"),
     ({"model_type": None, "architectures": {"a": 1}}, "describes a None"),
     ({"model_type": None, "architectures": 5}, "describes a None"),

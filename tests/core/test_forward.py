@@ -184,7 +184,7 @@ def test_hidden_states_are_the_references(model, reference):
     pixels = pictures(3)
     out = model(ids, pixels, mask, output_hidden_states=True)
     theirs = reference(**theirs_of(ids, pixels, mask), output_hidden_states=True)
-    real, there = model.expanded(ids, pixels, mask)[1], expanded(ids, mask)[1].bool()
+    real, there = model.prompt_ids(ids, pixels, mask)[1], expanded(ids, mask)[1].bool()
     assert len(out.hidden_states) == len(theirs.hidden_states) == len(model.llama.blocks) + 1
     for mine, other in zip(out.hidden_states, theirs.hidden_states, strict=True):
         close(mine[real], other[there])
@@ -242,7 +242,7 @@ def test_image_hidden_states_are_the_features_that_were_merged(model, reference)
 def test_embeddings_instead_of_ids(model, reference):
     ids, mask = padded(ROWS, "left")
     out = model(ids, pictures(3), mask, output_hidden_states=True)
-    x, real = out.hidden_states[0], model.expanded(ids, pictures(3), mask)[1]
+    x, real = out.hidden_states[0], model.prompt_ids(ids, pictures(3), mask)[1]
     assert torch.equal(model(inputs_embeds=x, attention_mask=real).logits, out.logits)
     positions = (real.long().cumsum(1) - 1).clamp(min=0)
     theirs = reference(inputs_embeds=x, attention_mask=real.long(), position_ids=positions).logits
@@ -258,7 +258,7 @@ def test_ids_or_embeddings_and_not_both(model):
 
 def test_pictures_beside_embeddings_are_refused(model):
     x = torch.randn(1, 3, model.config.text_config.hidden_size, dtype=torch.float64)
-    with pytest.raises(ValueError, match="pixel_values beside them"):
+    with pytest.raises(ValueError, match="leave out pixel_values"):
         model(inputs_embeds=x, pixel_values=pictures(1))
 
 
@@ -276,7 +276,7 @@ def test_positions_of_the_callers_choice(model, reference):
 def test_positions_count_the_real_tokens_before_each_one(model):
     for side in ("left", "right"):
         ids, mask = padded(ROWS, side)
-        _, real = model.expanded(ids, pictures(3), mask)
+        _, real = model.prompt_ids(ids, pictures(3), mask)
         positions = real.long().cumsum(1) - real.long()
         given = model(ids, pictures(3), mask, position_ids=positions).logits
         assert torch.equal(model(ids, pictures(3), mask).logits, given)
@@ -347,7 +347,7 @@ def test_features_with_the_class_token_by_the_config(variant, family):
     ids, pixels = torch.tensor([ROW]), pictures(2)
     inputs = theirs_of(ids, pixels, size=FEATURES + 1)
     close(model(ids, pixels).logits, reference(**inputs).logits)
-    assert torch.equal(model.expanded(ids, pixels)[0], inputs["input_ids"])
+    assert torch.equal(model.prompt_ids(ids, pixels)[0], inputs["input_ids"])
     default = model(ids, pixels, vision_feature_select_strategy="default")
     close(default.logits, reference(**theirs_of(ids, pixels), vision_feature_select_strategy="default").logits)
     tokens = reference.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=2, pad_token_id=PAD)

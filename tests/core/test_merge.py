@@ -43,7 +43,7 @@ def test_pictures_stand_where_their_placeholders_do(model, reference, place, sid
     out = model(ids, pixels, mask, output_hidden_states=True)
     theirs = reference(**theirs_of(ids, pixels, mask), output_hidden_states=True)
     their_mask = expanded(ids, mask)[1].bool()
-    grown_ids, real = model.expanded(ids, pixels, mask)
+    grown_ids, real = model.prompt_ids(ids, pixels, mask)
     assert torch.equal(grown_ids[real], expanded(ids, mask)[0][their_mask])
     assert real.sum(1).tolist() == their_mask.sum(1).tolist()
     close(out.hidden_states[0][real], theirs.hidden_states[0][their_mask], 1e-12)
@@ -54,21 +54,21 @@ def test_pictures_stand_where_their_placeholders_do(model, reference, place, sid
 def test_repeated_placeholders_give_what_one_for_each_picture_gives(model, side):
     ids, mask = padded(ROWS, side)
     pixels = pictures(3)
-    grown, real = model.expanded(ids, pixels, mask)
+    grown, real = model.prompt_ids(ids, pixels, mask)
     assert (grown == IMAGE).sum(1).tolist() == [0, FEATURES, 2 * FEATURES]
     one, repeated = (
         model(ids, pixels, mask, labels=ids),
         model(grown, pixels, real, labels=grown.masked_fill(~real, -100)),
     )
     assert torch.equal(one.logits, repeated.logits)
-    assert torch.equal(model.expanded(grown, pixels, real)[0], grown)
+    assert torch.equal(model.prompt_ids(grown, pixels, real)[0], grown)
     close(repeated.loss, model(ids, pixels, mask, labels=ids.masked_fill(mask == 0, -100)).loss, 1e-12)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_goes_where_the_callers_padding_is(model, side):
     ids, mask = padded(ROWS, side)
-    grown, real = model.expanded(ids, pictures(3), mask)
+    grown, real = model.prompt_ids(ids, pictures(3), mask)
     longest = real.shape[1]
     for row, count in zip(real, real.sum(1).tolist(), strict=True):
         pads = [0] * (longest - count)
@@ -87,7 +87,7 @@ def test_pictures_are_taken_in_reading_order(model):
     pixels = pictures(3)
     ids, mask = padded(ROWS, "left")
     features = model.get_image_features(pixels)
-    grown, _ = model.expanded(ids, pixels, mask)
+    grown, _ = model.prompt_ids(ids, pixels, mask)
     x = model(ids, pixels, mask, output_hidden_states=True).hidden_states[0]
     assert torch.equal(x[grown == IMAGE], features.flatten(0, 1))
     assert torch.equal(x[grown != IMAGE], model.llama.embed(grown[grown != IMAGE]))
@@ -112,7 +112,7 @@ def test_an_embedding_of_zeros_is_text(model, reference):
     ours.llama.embed.weight[[55, 0]] = theirs.get_input_embeddings().weight[[55, 0]] = 0
     ids, mask = padded([[1, 55, IMAGE, 55, 40], [55, 0, 41]], "left")
     out = ours(ids, pictures(1), mask, output_hidden_states=True)
-    grown, real = ours.expanded(ids, pictures(1), mask)
+    grown, real = ours.prompt_ids(ids, pictures(1), mask)
     assert (out.hidden_states[0][grown == 55] == 0).all() and (grown == 55).sum() == 3
     close(out.logits[real], theirs(**theirs_of(ids, pictures(1), mask)).logits[real])
 
@@ -125,7 +125,7 @@ def test_features_of_zeros_are_a_picture(model, reference):
     ids, mask = padded(ROWS, "left")
     out = ours(ids, pictures(3), mask)
     assert (out.image_hidden_states == 0).all()
-    _, real = ours.expanded(ids, pictures(3), mask)
+    _, real = ours.prompt_ids(ids, pictures(3), mask)
     there = expanded(ids, mask)[1].bool()
     close(out.logits[real], theirs(**theirs_of(ids, pictures(3), mask)).logits[there])
 
@@ -133,7 +133,7 @@ def test_features_of_zeros_are_a_picture(model, reference):
 def test_the_image_token_itself_is_never_embedded(model):
     other = copy.deepcopy(model)
     other.llama.embed.weight[IMAGE] = torch.nan
-    for ids in (torch.tensor([ROW]), model.expanded(torch.tensor([ROW]), pictures(2))[0]):
+    for ids in (torch.tensor([ROW]), model.prompt_ids(torch.tensor([ROW]), pictures(2))[0]):
         assert torch.equal(other(ids, pictures(2)).logits, model(ids, pictures(2)).logits)
     other.config.image_token_index = 10**6  # or beyond the vocabulary, as in checkpoints that were never resized
     other.llama.embed.weight[IMAGE] = model.llama.embed.weight[IMAGE]
@@ -185,7 +185,7 @@ def test_a_batch_gives_each_row_what_it_gives_alone(model, side):
     ids, mask = padded(ROWS, side)
     pixels = pictures(3)
     logits = model(ids, pixels, mask).logits
-    real = model.expanded(ids, pixels, mask)[1]
+    real = model.prompt_ids(ids, pixels, mask)[1]
     tokens = model.generate(ids, pixels, mask, max_new_tokens=14)
     for i, (row, images) in enumerate(zip(ROWS, pixels.split(PICTURES), strict=True)):
         alone = {"input_ids": torch.tensor([row]), "pixel_values": images if len(images) else None}

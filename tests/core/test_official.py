@@ -16,7 +16,7 @@ def recorded(made, tmp_path_factory):
     model, processor, reference = made.pair("onevision")
     prompt = processor.prompt("What?")
     inputs = processor(prompt, folder / "noise.png")
-    ids, mask = model.expanded(**inputs)
+    ids, mask = model.prompt_ids(**inputs)
     pictures = {"pixel_values": inputs["pixel_values"].double(), "image_sizes": inputs["image_sizes"]}
     with torch.no_grad():
         logits = reference(input_ids=ids, attention_mask=mask.long(), **pictures).logits[0, :3, :3].tolist()

@@ -67,7 +67,7 @@ def test_transformers_reads_its_prompts_and_pictures_alike(tiny):
     prompt = processor.prompt("Describe the image.")
     theirs = AutoProcessor.from_pretrained(TINY)(text=prompt, images=image, return_tensors="pt")
     ours = processor(prompt, image)
-    ids, _ = tiny[0].expanded(ours["input_ids"], ours["pixel_values"])
+    ids, _ = tiny[0].prompt_ids(ours["input_ids"], ours["pixel_values"])
     assert torch.equal(ids, theirs["input_ids"]) and torch.equal(ours["pixel_values"], theirs["pixel_values"])
 
 

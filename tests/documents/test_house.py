@@ -179,6 +179,33 @@ def test_each_file_of_extras_has_a_row_and_a_test():
     assert len(names) > 10 and unlisted(names, (ROOT / "extras" / "README.md").read_text(encoding="utf-8"), tests) == []
 
 
+def users(files):
+    """file of extras/ → the others that import it."""
+    found = {file.stem: set() for file in files}
+    for file in files:
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in (node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))):
+            parts = [f"{name}.".split(".") for name in imported(node)]
+            for name in (name for package, name, *_ in parts if package == "extras"):
+                found[name].add(file.stem)
+    return found
+
+
+def test_the_row_of_a_file_of_extras_names_all_that_use_it():
+    """What has to go with it, if somebody deletes it."""
+    table = rows((ROOT / "extras" / "README.md").read_text(encoding="utf-8"))
+    named = {name: {*re.findall(r"(\w+)\.py", cells[2])} for name, cells in table.items()}
+    core = {name.removesuffix(".py") for name in LIMITS}
+    assert {name: found - core for name, found in named.items()} == users(EXTRAS)
+
+
+def test_the_readme_of_the_tests_names_each_file():
+    readme = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    names = [file.stem.removeprefix("test_") for file in TESTS if file.parent.name != "extras"]
+    names += [file.name for file in (ROOT / "tests").glob("*.py")]
+    assert [name for name in names if f"`{name}`" not in readme] == []
+
+
 @pytest.mark.parametrize("file", HELPERS, ids=lambda file: file.name)
 def test_tests_import_neither_tests_nor_benchmarks(file):
     benchmarks = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}

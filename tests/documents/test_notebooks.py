@@ -63,6 +63,7 @@ def test_form(file):
     words = next(text for text in markdown(notebook) if text.startswith("## In words"))
     assert words.count("**a.**") == words.count("**b.**") == 1
     assert re.search(r"<summary>Rubric.*\(1\)", words, flags=re.S)
+    assert [line for text in markdown(notebook) for line in text.splitlines() if len(line) > 120] == []
     for cell in code(notebook):
         assert [line for line in cell.source.splitlines() if len(line) > 88] == [] and "dpi=" not in cell.source
         for image in (o["data"]["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})):

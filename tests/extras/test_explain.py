@@ -200,7 +200,7 @@ def test_reading_again_gives_the_attention_of_a_whole_pass(model, processor):
     torch.manual_seed(0)
     pictures = [Image.fromarray(torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8).numpy()) for _ in range(2)]
     inputs = processor.chat([("user", "What is this?")], pictures)
-    ids, _ = model.expanded(inputs["input_ids"], inputs["pixel_values"])
+    ids, _ = model.prompt_ids(inputs["input_ids"], inputs["pixel_values"])
     cache = model.init_kv_cache(1, 200)
     said = model.generate(**inputs, max_new_tokens=9, kv_cache=cache)[0].tolist()
     weights, question = explain.attention_on_pictures(model, ids, cache, said)
@@ -364,7 +364,7 @@ def test_shares_are_those_of_the_view(main, tmp_path, tiny):
     said = model.generate(**inputs, max_new_tokens=6)
     whole = torch.cat([inputs["input_ids"], said[:, :-1]], 1)
     found = lens.trace(model, input_ids=whole, pixel_values=inputs["pixel_values"])
-    columns = lens.image_positions(model, model.expanded(**inputs)[0])[0]
+    columns = lens.image_positions(model, model.prompt_ids(**inputs)[0])[0]
     shares = shares_of(data)
     for number, (layer, head, sinks, _) in enumerate(data["views"]):
         layers = range(4) if layer is None else [layer]

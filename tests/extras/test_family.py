@@ -106,7 +106,7 @@ def test_the_prompt_that_is_shown_is_the_one_that_counts(asked):
     shown = ask("--prompt", "What?", "--show-prompt").err
     inputs = processor.chat([("user", "What?")], images)
     assert f"ids: {inputs['input_ids'][0].tolist()}\n" in shown
-    assert f"expanded to {model.expanded(**inputs)[0].shape[1]} positions" in shown
+    assert f"expanded to {model.prompt_ids(**inputs)[0].shape[1]} positions" in shown
     bos = processor.as_text(processor.tokenizer.bos)
     assert f"prompt: {bos + processor.prompt('What?', 2)!r}" in shown
 
@@ -167,7 +167,7 @@ def whole_conversation(model, processor, ids, images):
     if not images:
         return processor.prepare([ids], [])
     each = [processor.prepare([[processor.image_id]], [image]) for image in images]
-    counts = iter([model.expanded(**one)[0].shape[1] for one in each])
+    counts = iter([model.prompt_ids(**one)[0].shape[1] for one in each])
     ids = [i for token in ids for i in [token] * (next(counts) if token == processor.image_id else 1)]
     pixels = torch.nn.utils.rnn.pad_sequence([one["pixel_values"][0] for one in each], batch_first=True)
     if model.image_newline is None:

@@ -167,7 +167,7 @@ def test_each_of_the_line_is_trained_as_the_reference_is(made, tmp_path, name):
     assert model.image_newline is None or id(model.image_newline) in learning
     inputs = conversations.batch(processor, rows)
     loss = finetune.gradients(model, [inputs], torch.float64)
-    ids, mask = model.expanded(**{key: value for key, value in inputs.items() if key != "labels"})
+    ids, mask = model.prompt_ids(**{key: value for key, value in inputs.items() if key != "labels"})
     labels = torch.full_like(ids, -100)
     labels[:, -inputs["labels"].shape[1] :] = inputs["labels"]  # answers stand at the end, unchanged
     labels = labels.where(ids != model.config.image_token_index, -100)

@@ -111,7 +111,7 @@ def test_queries_and_keys_give_the_attention(tiny, scene):
 def test_image_positions(tiny, scene):
     model, processor = tiny
     inputs = processor.chat([("user", "Hi")], [scene, scene])
-    ids = model.expanded(inputs["input_ids"], inputs["pixel_values"])[0]
+    ids = model.prompt_ids(inputs["input_ids"], inputs["pixel_values"])[0]
     positions = lens.image_positions(model, ids)
     assert positions.shape == (2, 49) and (ids[0, positions] == model.config.image_token_index).all()
     assert positions.flatten().tolist() == sorted(positions.flatten().tolist())
@@ -192,7 +192,7 @@ def test_what_is_covered_is_covered_on_the_photo(made, name):
     photo, answer, grid, grey = line.photo(40, 61), [50, 51, 2], 3, (90, 120, 7)
     inputs = processor.chat([("user", "What?")], [photo])
     falls = lens.occlusion_on_photo(model, processor, answer, inputs["input_ids"], [photo], grid=grid, fill=grey)
-    ids = torch.cat([model.expanded(**inputs)[0], torch.tensor([answer])], dim=1)
+    ids = torch.cat([model.prompt_ids(**inputs)[0], torch.tensor([answer])], dim=1)
 
     def worth(pixels):
         seen = parity.their_pictures(model.config, processor.preprocess_config, Image.fromarray(pixels))
@@ -235,7 +235,7 @@ def test_a_trace_of_tiles_holds_every_position(made):
     model, processor, _ = made.pair("onevision")
     inputs = processor.chat([("user", "What?")], [line.photo(40, 61)])
     stages = lens.trace(model, **inputs)
-    assert torch.equal(stages["ids"], model.expanded(**inputs)[0])
+    assert torch.equal(stages["ids"], model.prompt_ids(**inputs)[0])
     assert stages["ids"].shape[1] == stages["merge"].shape[1] == stages["logits"].shape[1] > 100
 
 

@@ -386,7 +386,7 @@ def test_resizing_keeps_the_type(dtype):
 @pytest.mark.parametrize("n", [1.3, 640.0, "640", None, True, 0, -3, torch.tensor(640)])
 def test_a_size_that_is_not_a_whole_number_is_refused(trained, n):
     model, _ = trained
-    with pytest.raises(ValueError, match="give a whole number of at least 1"):
+    with pytest.raises(ValueError, match="give an integer of at least 1"):
         model.resize_token_embeddings(n)
     assert model.config.text_config.vocab_size == model.llama.embed.num_embeddings == len(model.llama.head.weight)
 
