@@ -17,7 +17,7 @@ SigLIP (Zhai et al. 2023) is the same network without the class token and the fi
     A, E     attention heads, width of one head           16, 64            16, 72
     F        width of the MLP                             4096              4304
 
-The four files share one key of letters; S, A, E and F are those of the network at hand: here the tower.
+The four files use the same letters for dimensions; S, A, E and F are those of the network at hand: here the tower.
 Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 

@@ -823,8 +823,8 @@ $("mend").onclick = () => {
   $("question").focus();
 };
 
-// Which stage departs first from what it should be, as tests/parity.py tells it.
-function departs(wrong, right) {
+// Which stage diverges first from what it should be, as tests/parity.py tells it.
+function diverges(wrong, right) {
   for (const name of Object.keys(right)) {
     const a = wrong[name],
       b = right[name];
@@ -863,7 +863,7 @@ function drawComparison() {
     cut,
   );
   const same = comparing.text === state.done.text,
-    first = departs(state.done.stages, comparing.stages);
+    first = diverges(state.done.stages, comparing.stages);
   $("verdict").textContent =
     (same
       ? "The answer is the same, word for word: who looks only at answers would never find this. "
@@ -871,7 +871,7 @@ function drawComparison() {
         ? "It answers all the same. "
         : "No error, no warning: only other words. ") +
     (first
-      ? `Compare the numbers with the right ones, stage after stage: the first that departs is ${first.name}, ` +
+      ? `Compare the numbers with the right ones, stage after stage: the first that diverges is ${first.name}, ` +
         `${called(first.name)}, by ${percent(Math.min(1, first.by))} of its largest number.`
       : "");
 }

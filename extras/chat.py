@@ -40,6 +40,8 @@ def chat(model, processor, images, options, system=()):
                 sizes = ", ".join(f"{image.width} x {image.height}" for image in attached)
                 before = len(images) - len(attached)
                 notice(f"{argument} ({sizes}) waits for your question" + (f", behind {before} more" if before else ""))
+        elif words.strip().lower() in ("exit", "quit"):
+            fail("/exit leaves, as Ctrl-D does")
         elif command == "/help":
             print(HELP, file=sys.stderr)
         elif command.startswith("/"):

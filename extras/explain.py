@@ -61,7 +61,7 @@ def watch(model, processor, options, images, conversation, pieces):
     with record:
         yield from pieces
     if options.trace:
-        print(table(record), file=sys.stderr)
+        print(table(record), NOTE, sep="\n", file=sys.stderr)
     if options.explain is not None:
         said = conversation.ids[: len(record.steps)]
         Path(options.explain).write_text(page(model, processor, options, images, record, said), encoding="utf-8")
@@ -150,6 +150,9 @@ def lines(record):
     for stage in stages:
         ms = "" if stage.ms is None else f"{stage.ms:.1f}"
         yield stage.name, f"({', '.join(map(str, stage.shape))})", stage.dtype, ms, f"{stage.bytes:,}"
+
+
+NOTE = "(ids: all that comes before the tower, the picture's preprocessing too; kv_cache: its mask and its length too)"
 
 
 def table(record):

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import llava
-from extras import conversations, kept_back, lora
+from extras import conversations, kept_back, lora, threads
 from extras.cli import fail, notice
 
 RATES = {"projector": 1e-3, "language model": 2e-5, "lora": 2e-4}
@@ -255,6 +255,8 @@ def run(options):
         whole = options.resume and (out / "config.json").exists()
         raise ValueError(f"{out} is {'complete' if whole else 'there'} already: name a new folder")
     model, processor = llava.load(options.model, device=options.device, dtype=options.dtype)
+    if sum(p.numel() for p in model.parameters()) < threads.SMALL:
+        torch.set_num_threads(1)  # of the way back, too, and of the optimizer
     if model.dtype == torch.float16:
         raise ValueError("gradients overflow in float16: give --dtype bfloat16 or float32")
     conversations.check(model, processor, examples)
@@ -279,6 +281,7 @@ def run(options):
     )
     right = [kept_back.right(asked, said) for said in (before[2], after[2], other)]
     print(kept_back.verdict(len(asked), *right, kept_back.pictures(asked)))
+    print(f"each answer: {out / KEPT}")
 
 
 def make_parser():

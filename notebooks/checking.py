@@ -83,8 +83,8 @@ def check(yours, right, *cases, mistakes=None, also=()):
 
 
 def result(function, case):
-    """What a function gives. It may spoil what it is handed: tensors are copies, and a small model is put right."""
-    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in case]
+    """What a function gives. It may spoil what it is handed: a copy, and a small model is put right."""
+    copies = [copied(x) for x in case]
     numbers = [p for x in case if isinstance(x, torch.nn.Module) for p in x.parameters()]
     numbers = numbers if sum(p.numel() for p in numbers) < SMALL else []
     kept = [p.detach().clone() for p in numbers]
@@ -99,6 +99,15 @@ def result(function, case):
     if spoiled and not isinstance(value, Raised):
         return Spoiled()
     return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def copied(x):
+    """A copy of what a solution might change: tensors, and lists, tuples and dicts of such."""
+    if isinstance(x, torch.Tensor):
+        return x.clone()
+    if type(x) in (list, tuple):
+        return type(x)(map(copied, x))
+    return {key: copied(value) for key, value in x.items()} if isinstance(x, dict) else x
 
 
 def same(a, b):

@@ -176,6 +176,8 @@ def exercise_2_2():
     return {
         "the scores are not divided by √E": attention(0),
         "they are divided by E, not by its root": attention(1),
+        "they are divided by half of E, not by its root": lambda q, k, v:
+            attention(1)(2 * q, k, v),
         "they are multiplied by √E, not divided": attention(-0.5),
         "√E is the root of a head's width (the last axis), not of the length":
             lambda q, k, v: attention(0)(q / q.shape[2] ** 0.5, k, v),
@@ -263,7 +265,8 @@ def exercise_3_1():
         "ε stands outside of the root": variant(inside=False),
         "ε stands outside of the root, and the squares overflow: compute in float32":
             variant(inside=False, full=False),
-        "there is no ε": lambda x, w, e: variant()(x, w, 0.0),
+        "there is no ε, or hardly any: it is added to the mean of the squares": lambda x, w, e: variant()(x, w, 0.0),
+        "ε is the argument eps, and not always 1e-5": lambda x, w, e: variant()(x, w, 1e-5),
         "the weight is missing": lambda x, w, e: variant()(x, torch.ones_like(w), e),
         "that is LayerNorm: RMSNorm does not take the mean away": variant(centre=True),
         "the standard deviation takes the mean away, RMSNorm does not": lambda x, w, e:
@@ -456,6 +459,10 @@ def exercise_4_2():
         "shifted the wrong way: position t predicts t + 1, not t - 1": lambda x, y:
             F.cross_entropy(x[:, 1:].flatten(0, 1), y[:, :-1].flatten()),
         "what is -100 counts, too": lambda x, y: flat(x, y.clamp(min=0)),
+        "0 is an id like the others: what does not count is -100": lambda x, y:
+            flat(x, y.masked_fill(y == 0, -100)),
+        "the mean is over the labels behind the shift: nothing predicts the first": lambda x, y:
+            flat(x, y, reduction="sum") / (y != -100).sum(),
         "the sum, and should be the mean": lambda x, y: flat(x, y, reduction="sum"),
         "the mean is over all positions, those with -100 as well": lambda x, y:
             flat(x, y, reduction="none").mean(),
@@ -649,7 +656,11 @@ def exercise_6_2():
 
         return relative
 
+    def by_length(a, b):
+        return float(largest(a, b) / b.abs().max()) if len(a) == len(b) else float("inf")
+
     return {
+        "compare the shapes: two of the same length may differ in another axis": by_length,
         "without the sign: a large negative difference is a difference":
             measure(lambda a, b: (a - b).max()),
         "it is relative to the first, and should be to the second":
@@ -770,7 +781,7 @@ def exercise_7_3(WANTED):
     better = {
         ("true", "others"):
             "yes and no are exchanged, or come by chance: look at the thing",
-        ("half",): "about half are to be yes: of six colours drawn alike it is one in six",
+        ("half",): "about half are to be yes; drawn from all six alike, it is one in six",
         ("true", "others", "half"):
             "yes and no come by chance, or are exchanged, and half are to be yes",
     }
@@ -965,6 +976,8 @@ def exercise_9_1():
             those(bridge, (bridge, eye)),
         "the eye stays frozen in both stages": those((eye, bridge), (eye, bridge, voice)),
         "the two stages are exchanged": those((bridge, voice), bridge),
+        "the voice is all of llama: embedding, blocks, norm and head":
+            those(bridge, (bridge, "llama.blocks")),
         "True is what learns, not what is frozen": lambda n, s:
             not those(bridge, (bridge, voice))(n, s),
         "some of it is frozen": those("", ""),

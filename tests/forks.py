@@ -116,6 +116,8 @@ def serve():
 
 
 if __name__ == "__main__":
+    if sys.stdin.isatty() or sys.argv[1:]:
+        sys.exit("this is started by the tests, which speak to it through a pipe")
     sys.path[0] = str(ROOT)
     import llava  # noqa: F401 (once, for all forks)
     from extras import beams, chat, checks, choices, cli, each, hub, speed, turn  # noqa: F401

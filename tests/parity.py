@@ -240,9 +240,10 @@ def why_zeros(rows):
     """Stages of float64 that differ by nothing behind one that differs make a careful reader ask → the reason."""
     known = [row for row in rows if 0 < row[4] <= 1e-6]  # those with a bound for float64
     first = next((i for i, row in enumerate(known) if row[1] > 0), len(known))
-    zeros = [row[0] for row in known[first:] if row[1] == 0]
-    if not zeros:
-        return []
+    zeros = [i for i, row in enumerate(known) if i >= first and row[1] == 0]
+    if not zeros or max(row[2] for row in known[: zeros[0]]) > torch.finfo(torch.float32).eps / 2:
+        return []  # none, or not for this reason
+    zeros = [known[i][0] for i in zeros]
     return [
         f"{brief(zeros)}: 0, though stages before differ.\n"
         "The language model's norms compute in float32 in both, so what differs by less than float32 resolves\n"

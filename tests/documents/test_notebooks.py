@@ -219,7 +219,9 @@ def test_check_is_not_disturbed_by_what_a_solution_does(capsys):
         return 2 * (x - 1)
 
     lesson.check(spoils, lambda x: 2 * x, (X,), (X,))
-    assert capsys.readouterr().out == "Right.\n" and X.tolist() == [1, 2]
+    lesson.check(lambda n, a: a.insert(0, n) or a, lambda n, a: [n, *a], (1, [2, 3]), (2, [[], 3]))
+    lesson.check(lambda a: a[0].append(1) or a[0], lambda a: [*a[0], 1], (([],),), (([2],),))
+    assert capsys.readouterr().out == 3 * "Right.\n" and X.tolist() == [1, 2]
 
 
 def test_a_model_is_as_it_was_whatever_a_solution_does_to_it(capsys):

@@ -692,7 +692,7 @@ def test_a_bug_is_planted_and_mended(fresh):
         shown = page.inner_text("#wrong").removesuffix("…")  # which stands where an answer was cut off
         assert page.inner_text("#right") == right and shown.split() == wrong.split()
         stage = page.evaluate("name => ready.then(r => r.bugs[name]?.stage ?? 'pixels')", name)
-        assert f"departs is {stage}," in page.inner_text("#verdict")
+        assert f"diverges is {stage}," in page.inner_text("#verdict")
         changed = page.locator("#wrong mark").count()
         stayed = any(word in right.split() for word in wrong.split())  # then it is not marked
         assert changed + stayed <= len(wrong.split()) and (wrong != right or changed == 0)

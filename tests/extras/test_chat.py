@@ -647,6 +647,13 @@ def test_a_picture_that_cannot_be_had_may_be_given_up(talk, talker, log, family,
     assert answers[0] == cold(talker, form(family, [(0, ASKED[1])], []), [], max_new_tokens=8)
 
 
+@pytest.mark.parametrize("words", ["exit", "Quit "])
+def test_who_forgets_the_slash_is_told(talk, log, words):
+    """Rather than answered: the model would speak of the picture."""
+    found = talk([words, "exit the room"], "--max-new-tokens", 4)
+    assert found.errors == ["error: /exit leaves, as Ctrl-D does"] and len(log.answers) == 1
+
+
 @pytest.mark.parametrize("way", ["/exit", "/quit", " /EXIT "])
 def test_exit_leaves(talk, talker, log, way):
     found = talk([ASKED[0], way, ASKED[1]], "--max-new-tokens", 4)

@@ -69,7 +69,7 @@ def test_it_learns_saves_and_loads(folder, tmp_path, capsys, way):
     losses = [float(x) for x in said.splitlines()[0].replace(",", "").split() if x.replace(".", "").isdigit()]
     assert losses[1] < losses[0] / 3 and losses[3] < losses[2] / 2  # on what was kept back, too
     assert "→ 4 of 4" in said or "→ 3 of 4" in said
-    assert "4 answers are too few to tell" in said
+    assert "4 answers are too few to tell" in said and said.endswith(f"each answer: {out / finetune.KEPT}\n")
     rows = [json.loads(line) for line in (out / finetune.KEPT).read_text().splitlines()]
     assert [row["image"] for row in rows] == [f"{i}.png" for i in (4, 9, 14, 19)]
     model, processor = llava.load(str(out), device="cpu")
@@ -82,6 +82,18 @@ def test_it_learns_saves_and_loads(folder, tmp_path, capsys, way):
     assert all(any(part in name for name in changed) for part in learnt)
     log = [json.loads(line) for line in (out / finetune.LOG).read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 61)) and not (out / finetune.STATE).exists()
+
+
+def test_a_small_model_learns_on_one_thread(folder, tmp_path, monkeypatch):
+    """On the way back, too: on a busy machine several wait for one another."""
+    seen, gradients = [], finetune.gradients
+    monkeypatch.setattr(finetune, "gradients", lambda *a: seen.append(torch.get_num_threads()) or gradients(*a))
+    torch.set_num_threads(2)
+    try:
+        assert finetune.main([str(folder), "--out", str(tmp_path / "mine"), "--device", "cpu"]) == 0
+    finally:
+        torch.set_num_threads(1)
+    assert set(seen) == {1}
 
 
 def options(**changes):
