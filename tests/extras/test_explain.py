@@ -89,7 +89,8 @@ def test_trace_is_a_table_of_what_was_computed(main, tiny):
     plain = main("--model", "tiny", "--image", SCENE)
     run = main("--model", "tiny", "--image", SCENE, "--trace")
     assert run.status == 0 and run.out == plain.out
-    lines = run.err.splitlines()
+    *lines, note = run.err.splitlines()
+    assert note == explain.NOTE
     table = [
         re.split(r"  +", line.strip()) for line in lines[lines.index(next(x for x in lines if x.startswith("stage"))) :]
     ]
@@ -112,7 +113,7 @@ def test_trace_is_a_table_of_what_was_computed(main, tiny):
 
 def test_trace_of_words_alone_and_of_one_token(main):
     run = main("--model", "tiny", "--prompt", "Where is it?", "--max-new-tokens", 1, "--trace")
-    names = [line.split()[0] for line in run.err[run.err.index("stage ") :].splitlines()]
+    names = [line.split()[0] for line in run.err[run.err.index("stage ") :].splitlines()[:-1]]
     assert run.status == 0
     assert names == ["stage", "ids", "merge", "llama.1", "llama.2", "llama.3", "llama.4", "logits", "kv_cache"]
 
