@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 import llava
 import weights
-from extras import family
+from extras import checks, family
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")  # passed on for transformers: nothing here reads them
+HOLDERS = ("tokenizer_config.json", "processor_config.json")  # which may hold one, too
 STALE = (*TEMPLATES, "special_tokens_map.json", "added_tokens.json")  # where another checkpoint's would be believed
 
 
@@ -29,6 +30,8 @@ def save(model, processor, folder):
     bpe = processor.tokenizer.bpe
     configs = json_files(model.config, processor.preprocess_config, model.dtype)
     configs |= processor_files(model.config, bpe)
+    for file, template in held_templates(processor.tokenizer).items():
+        configs[file]["chat_template"] = template
     write(model, folder, configs, {"tokenizer.json": bpe.to_str(pretty=True), **templates(processor.tokenizer)})
 
 
@@ -137,6 +140,15 @@ def templates(tokenizer):
     folder = Path(getattr(tokenizer, "file", "")).parent
     files = [folder / name for name in TEMPLATES if hasattr(tokenizer, "file")]
     return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+
+
+def held_templates(tokenizer):
+    """The chat templates inside other files beside that of a tokenizer, if it has one: {file name: template}."""
+    folder, found = Path(getattr(tokenizer, "file", "")).parent, {}
+    for file in HOLDERS if hasattr(tokenizer, "file") else ():
+        with contextlib.suppress(ValueError, OSError):  # what cannot be read holds none
+            found[file] = checks.read_json(folder / file).get("chat_template")
+    return {file: template for file, template in found.items() if template}
 
 
 def write(model, folder, configs, texts, shard_size=5_000_000_000):

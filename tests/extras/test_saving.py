@@ -278,6 +278,27 @@ def test_the_chat_template_is_passed_on(copy, tmp_path, over):
     assert processed(to)[0].apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi ASSISTANT:"
 
 
+@pytest.mark.parametrize("template", ["Hi {{ bos_token }}", [{"name": "default", "template": "Hi"}]], ids=len)
+@pytest.mark.parametrize("over", [False, True])
+def test_a_chat_template_inside_a_config_is_passed_on(copy, tmp_path, over, template):
+    folder = Path(copy.write())
+    for file in saving.HOLDERS:
+        (folder / file).write_text(json.dumps({"chat_template": template}))
+    to = folder if over else tmp_path / "saved"
+    before = transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    llava.save(*llava.load(folder, device="cpu"), to)
+    assert before and transformers.AutoTokenizer.from_pretrained(to).chat_template == before
+    assert transformers.AutoProcessor.from_pretrained(to, use_fast=False).chat_template == template
+    llava.save(*llava.load(TINY, device="cpu"), to)
+    assert transformers.AutoTokenizer.from_pretrained(to).chat_template is None
+
+
+def test_a_config_that_cannot_be_read_holds_no_chat_template(copy, tmp_path):
+    (copy.folder / "tokenizer_config.json").write_text("{")
+    llava.save(*llava.load(copy.write(), device="cpu"), tmp_path / "saved")
+    assert "chat_template" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+
+
 def test_a_folder_that_holds_an_adapter_is_not_written_to(pair, tmp_path):
     """transformers would load the adapter and its base model in place of what is saved."""
     (tmp_path / "adapter_config.json").write_text("{}")
