@@ -131,6 +131,8 @@ def test_a_systems_words_take_the_place_of_the_opening(tmp_path):
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n")
     processor, _ = processor_of(tmp_path, ("vipllava", "llama", ()))
     assert processor.as_text(processor.pieces([("system", "S"), ("user", "Q")], 0)) == "S###Human: Q###Assistant:"
+    processor, _ = processor_of(tmp_path, ("llava_next", "mistral", ()))
+    assert processor.as_text(processor.pieces([("system", "S"), ("user", "Q")], 0)) == "S\n[INST] Q [/INST]"
 
 
 def test_several_pictures_stand_in_front_each_with_its_line(tmp_path):
