@@ -125,8 +125,7 @@ IGNORED = {  # fields of the published files that do not change what the model c
     "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "ignore_index", "image_seq_length",
     "initializer_factor", "initializer_range", "model_type", "pad_token_id", "pretraining_tp", "processor_class",
     "projection_dim", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache", "vision_use_head",
-    "vocab_size",
-    "_name_or_path",
+    "vocab_size", "_name_or_path",
     # of the preprocessor's
     "data_format", "feature_extractor_type", "image_processor_type", "_valid_processor_keys",
 }  # fmt: skip
@@ -149,7 +148,8 @@ def fill(cls, values, where, defaults=None, **fixed):
     return cls(**{**(defaults or {}), **{name: value for name, value in values.items() if name in known}})
 
 
-ALIASES = {"image_token_id": "image_token_index", "vision_feature_layers": "vision_feature_layer"}
+ALIASES = {"image_token_id": "image_token_index", "vision_feature_layers": "vision_feature_layer"}  # → its other name
+ALIASES["video_token_id"] = "video_token_index"
 PUBLISHED_TOWER = dict(  # the default of LlavaConfig for a missing vision_config: CLIP's ViT-L/14 at 336 pixels
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
     image_size=336, patch_size=14,
@@ -171,9 +171,7 @@ def read_config(folder, llava_config, text_config, vision_config, clean=lambda v
     where = folder / "config.json"
     values = read_json(where)
     values = clean(values, where)
-    for alias, name in ALIASES.items():
-        if alias in values:
-            values.setdefault(name, values.pop(alias))
+    values = {ALIASES.get(name, name): value for name, value in values.items()}
     text, tower = values.pop("text_config", None) or {}, values.pop("vision_config", None) or PUBLISHED_TOWER
     defaults = kind_of(text_config, text)
     window = text.pop("sliding_window", defaults.get("sliding_window"))  # null is none, and not the default
@@ -213,11 +211,14 @@ def rope(text, where):
 
 
 STEPS = {step: True for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")}
-PICTURES = {  # how image_processor_type begins → what its class does not have as CLIPImageProcessor has it
-    "CLIPImage": {}, "CLIPFeature": {}, "LlavaImage": {}, "LlavaNextImage": {},
-    "SiglipImage": dict(size={"height": 224, "width": 224}, do_center_crop=False, image_mean=[0.5] * 3,
-                        image_std=[0.5] * 3),
-    "LlavaOnevisionImage": dict(size={"height": 384, "width": 384}, do_center_crop=False),
+CROPS = {"size": 224, "crop_size": 224, "do_center_crop": True, "do_pad": None}
+SQUASHES = CROPS | {"crop_size": None, "do_center_crop": False}
+PICTURES = {  # how image_processor_type begins → what its class has by default; do_pad stands for padding to a square
+    # only where it is False: what has a True pads with tiles, what has none does not pad
+    "CLIPImage": CROPS, "CLIPFeature": CROPS, "LlavaImage": CROPS | {"do_pad": False},
+    "SiglipImage": SQUASHES | dict(size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    "LlavaNextImage": CROPS | {"do_pad": True},
+    "LlavaOnevisionImage": SQUASHES | dict(size={"height": 384, "width": 384}, do_pad=True),
 }  # fmt: skip
 
 
@@ -239,14 +240,13 @@ def read_preprocess_config(folder, preprocess_config, tower):
             f"{where}: image_processor_type is {name!r}; only those of CLIP, SigLIP and LLaVA are supported"
         )
     given = {name: value for name, value in values.items() if value is not None}
-    values = {"size": 224, "crop_size": 224, "do_center_crop": True} | PICTURES[kind] | given
-    if kind != "LlavaImage":
-        values["do_pad"] = False  # the others never pad to a square, whatever their config says
+    values, pads = PICTURES[kind] | given, PICTURES[kind]["do_pad"]
+    values["do_pad"] = pads is False and values["do_pad"]  # the others never pad to a square, whatever they say
     size, crop = values["size"], values["crop_size"]
     values["size"] = {"shortest_edge": size} if isinstance(size, int) else size  # old files hold bare numbers
     values["crop_size"] = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if "height" in values["size"]:  # the whole picture is squashed, and cropping changes nothing
-        values |= {"crop_size": values["size"], "do_center_crop": True}
+    if "height" in values["size"] and not values["do_center_crop"]:  # squashed; a crop_size still is that of tiles
+        values |= {"crop_size": (pads and values["crop_size"]) or values["size"], "do_center_crop": True}
     config = fill(preprocess_config, values, where, **STEPS, do_center_crop=True)
     edge = tower.image_size
     square = {"height": edge, "width": edge}

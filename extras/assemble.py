@@ -55,7 +55,9 @@ NEEDED = 16  # positions beside those of a picture, for a question and an answer
 
 
 def config_of(folder, kinds, what):
-    """The config.json of a part. Raises ValueError or OSError for one that is of none of these kinds."""
+    """The config.json of a part. Raises ValueError or OSError for one that is of none of these kinds, or whose fields
+    are none of a config's.
+    """
     other_formats.check_folder(folder)
     where = folder / "config.json"
     if not where.is_file():
@@ -64,6 +66,9 @@ def config_of(folder, kinds, what):
     if values.get("model_type") not in kinds:
         named = values.get("model_type")
         raise ValueError(f"{where}: model_type is {named!r}; {what} takes {', '.join(kinds)}")
+    objects = {f"{where}: {name}": checks.part(values, name, where) for name in ("text_config", "vision_config")}
+    for place, fields in {str(where): values, **objects}.items():
+        checks.fields(fields, place)
     other_formats.check_quantization(values, where)
     return values
 
@@ -71,20 +76,21 @@ def config_of(folder, kinds, what):
 def tower_config(folder):
     values = config_of(folder, list(TOWERS), "--vision")
     place, kind = TOWERS[values["model_type"]]
-    part = checks.part(values, place, folder / "config.json") if place else values
-    return {**part, "model_type": kind}
+    return {**(checks.part(values, place, folder / "config.json") if place else values), "model_type": kind}
 
 
-def new_tokens(folder, text, generation):
-    """The language model's tokenizer with what it lacks → (tokenizers.Tokenizer, id of <image>, id that pads)."""
+def new_tokens(folder, ends, pads):
+    """The language model's tokenizer with what it lacks → (tokenizers.Tokenizer, id of <image>, id that pads).
+
+    ends: the ids that end an answer. pads: those with which its configs pad; the first that is a token stays.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: save its tokenizer with transformers' fast class")
     with checks.named(file):
         bpe = tokenizers.Tokenizer.from_file(str(checks.small_file(file)))
-    ends = llava.as_list(generation.get("eos_token_id", text.get("eos_token_id")))
-    own = [generation.get("pad_token_id"), text.get("pad_token_id"), bpe.token_to_id("<pad>")]
-    pad = next((i for i in own if i is not None and i not in ends and bpe.id_to_token(i) is not None), None)
+    own = [i for i in (*pads, bpe.token_to_id("<pad>")) if i is not None and i >= 0]  # -1: trainers' way to say none
+    pad = next((i for i in own if i not in ends and bpe.id_to_token(i) is not None), None)
     wanted = [IMAGE] + (["<pad>"] if pad is None else [])
     bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in wanted])
     return bpe, bpe.token_to_id(IMAGE), bpe.token_to_id("<pad>") if pad is None else pad
@@ -99,11 +105,14 @@ def compose(folder, tower_folder, text_folder):
     text = config_of(text_folder, list(llama.TextConfig.KINDS), "--language")
     file = text_folder / "generation_config.json"
     generation = checks.read_json(file) if file.is_file() else {}
-    bpe, image, pad = new_tokens(text_folder, text, generation)
-    ends = generation.get("eos_token_id", text.get("eos_token_id"))
+    checks.fields(generation, file)
+    of_both = {name: [x.get(name) for x in (generation, text)] for name in ("eos_token_id", "pad_token_id")}
+    ends = next((ids for ids in of_both["eos_token_id"] if ids is not None), None)  # as weights.read_config has them
     if ends is None:
         raise ValueError(f"{text_folder}: neither config.json nor generation_config.json says eos_token_id")
-    known = text.get("vocab_size") or llama.TextConfig.vocab_size
+    bpe, image, pad = new_tokens(text_folder, llava.as_list(ends), of_both["pad_token_id"])
+    known = llama.TextConfig(**weights.kind_of(llama.TextConfig, text)).vocab_size
+    known = known if text.get("vocab_size") is None else text["vocab_size"]
     number = bpe.get_vocab_size()
     rows = known if number <= known else -(-number // 64) * 64  # some have rows to spare
     config = {

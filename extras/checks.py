@@ -160,12 +160,14 @@ FIELDS = {  # of every config: its types, and the bounds that no real checkpoint
     "high_freq_factor": ((float,), 1e-30, MOST),
     "rescale_factor": ((float,), 1e-30, MOST),
     "image_token_index": ((int,), -MOST, MOST),
+    "image_token_id": ((int,), -MOST, MOST),
     "video_token_index": ((int,), -MOST, MOST),
+    "video_token_id": ((int,), -MOST, MOST),
     "pad_token_id": ((int,), -MOST, MOST),
     "bos_token_id": ((int,), -MOST, MOST),
     "eos_token_id": ((int, list), -MOST, MOST),
     "vision_feature_layer": ((int, list), -256, 256),
-    "vision_feature_layers": ((list,), -256, 256),
+    "vision_feature_layers": ((int, list), -256, 256),
     "vision_aspect_ratio": ((str,), None, None),
     "use_sliding_window": ((bool,), None, None),
     "resample": ((int,), 0, 5),
@@ -294,8 +296,11 @@ def sizes(folder):
         raise ValueError(f"{where}: text_config.rope_scaling: high_freq_factor must be above low_freq_factor")
     pictures = weights.read_preprocess_config(folder, vision.PreprocessConfig, tower)
     tiles(config, strategy, pictures, where)
+    file = folder / ("processor_config.json" if has_nested(folder) else "preprocessor_config.json")
+    if config.image_grid_pinpoints is not None and tower.image_size not in pictures.size.values():
+        edge = f"{tower.image_size}, a tile's: of others the edges are cropped"
+        raise ValueError(f"{file}: size is {pictures.size}, and must be {edge}")
     if not len(pictures.image_mean) == len(pictures.image_std) == 3:
-        file = folder / ("processor_config.json" if has_nested(folder) else "preprocessor_config.json")
         raise ValueError(f"{file}: image_mean and image_std must have 3 numbers")
 
 

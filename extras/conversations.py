@@ -47,7 +47,7 @@ def read(file, images):
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{file}, object {number},", row) for number, row in enumerate(json.loads(text), start=1)]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter of what is nested too deep
             raise ValueError(f"{file} is not JSON: {error}") from None
     else:  # not splitlines, which also splits where JSON does not
         rows = [(f"{file}, line {number},", line) for number, line in enumerate(text.split("\n"), start=1)]
@@ -58,7 +58,7 @@ def read(file, images):
 def parsed(line, where):
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{where} is not an object of JSON with image, question and answer") from None
 
 

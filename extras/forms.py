@@ -26,6 +26,8 @@ class Form:
 
     def pieces(self, processor, turns, images=0, going_on=False):
         """Processor.pieces: a conversation as a list of text and of ids of special tokens."""
+        if not turns:
+            raise ValueError("a conversation needs a turn, such as ('user', 'What is there?')")
         tokenizer, pieces, numbered = processor.tokenizer, [], any(len(turn) > 2 for turn in turns)
         if self.opening and not going_on and turns[0][0] == "user":
             turns = [("system", self.opening), *turns]
@@ -125,9 +127,11 @@ ROWS = [  # model_type, text_config.model_type, special tokens that are there â†
 
 
 def choose(config, tokenizer):
-    """The form of a checkpoint: config, a LlavaConfig, and its tokenizer."""
+    """The form of a checkpoint: config, a LlavaConfig; its tokenizer. Raises ValueError where no answer would end."""
     names = {*tokenizer.spelling.values(), f"for pictures: {tokenizer.spelling.get(config.image_token_index)}"}
     kinds = config.model_type, config.text_config.model_type
     for *wanted, needed, form in ROWS:
         if names.issuperset(needed) and all(want in (ANY, kind) for want, kind in zip(wanted, kinds, strict=True)):
+            if form.end is None and not config.eos_token_ids:
+                raise ValueError("neither config.json nor generation_config.json says eos_token_id: add it there")
             return form

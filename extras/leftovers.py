@@ -145,13 +145,13 @@ def drop_copies(parts, where):
     the top's in those two. DeepSpeed looks for hidden_size at the top, so trainers put it there.
     """
     top, text, tower = parts[TOP], parts[TEXT], parts[TOWER]
-    names = [top.get("image_token_index"), top.get("image_token_id")]  # two names of one field
-    if None not in names and names[0] != names[1]:
-        raise ValueError(f"{where}: image_token_index is {names[0]!r}, and image_token_id {names[1]!r}")
+    for alias, name in weights.ALIASES.items():  # two names of one field
+        if alias in top and top.get(name, top[alias]) != top[alias]:
+            raise ValueError(f"{where}: {name} is {top[name]!r}, and {alias} {top[alias]!r}: make them the same")
     rope = (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
     seen = weights.kind_of(vision.VisionConfig, tower) | (tower or weights.PUBLISHED_TOWER)
     meant = {
-        TOP: filled(llava.LlavaConfig, top | {"image_token_index": names[0] or names[1]}),
+        TOP: filled(llava.LlavaConfig, {weights.ALIASES.get(name, name): value for name, value in top.items()}),
         TEXT: filled(llama.TextConfig, weights.kind_of(llama.TextConfig, text) | text | rope) | weights.TEXT_FIXED,
         TOWER: filled(vision.VisionConfig, seen),
     }

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 import llava
 import weights
-from extras import family
+from extras import checks, family
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")  # passed on for transformers: nothing here reads them
+HOLDERS = ("tokenizer_config.json", "processor_config.json")  # which may hold one, too
 STALE = (*TEMPLATES, "special_tokens_map.json", "added_tokens.json")  # where another checkpoint's would be believed
 
 
@@ -29,6 +30,8 @@ def save(model, processor, folder):
     bpe = processor.tokenizer.bpe
     configs = json_files(model.config, processor.preprocess_config, model.dtype)
     configs |= processor_files(model.config, bpe)
+    for file, template in held_templates(processor.tokenizer).items():
+        configs[file]["chat_template"] = template
     write(model, folder, configs, {"tokenizer.json": bpe.to_str(pretty=True), **templates(processor.tokenizer)})
 
 
@@ -63,9 +66,8 @@ def json_files(config, preprocess_config, dtype):
     kind, values = family.KINDS[config.model_type], dataclasses.asdict(config)
     values |= {"architectures": [kind.architecture], "projector_hidden_act": "gelu"}
     values |= {"vocab_size": config.text_config.vocab_size, "torch_dtype": str(dtype).removeprefix("torch.")}
-    for name in family.OURS:  # what a class does not have does not stand in its files
-        if values[name] is None:
-            del values[name]
+    for name in {*family.SOME}.difference(kind.has):  # what a class does not have does not stand in its files
+        values.pop(name, None)
     if config.projector_layernorm_eps is not None:  # ViP-LLaVA's layers, by the name that transformers 4 has for them
         values["vision_feature_layers"] = values["vision_feature_layer"]
     text, tower = values["text_config"], values["vision_config"]
@@ -84,17 +86,18 @@ def json_files(config, preprocess_config, dtype):
 def picture_file(config, preprocess_config):
     """preprocessor_config.json."""
     values = dataclasses.asdict(preprocess_config) | weights.STEPS
-    squashed = "height" in preprocess_config.size
-    if squashed:
-        del values["crop_size"]
     if preprocess_config.image_grid_pinpoints is None:
         del values["image_grid_pinpoints"]
     # of the plain ones only Llava's class pads to a square, and SigLIP's does not crop
     plain = "LlavaImageProcessor" if preprocess_config.do_pad else "CLIPImageProcessor"
-    plain = "SiglipImageProcessor" if squashed and not preprocess_config.do_pad else plain
+    if "height" in preprocess_config.size and not preprocess_config.do_pad:
+        plain = "SiglipImageProcessor"
     kind = family.KINDS[config.model_type].pictures or plain
-    values["do_pad"] |= kind in ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # with tiles of zeros
-    return values | {"image_processor_type": kind, "do_center_crop": not squashed}
+    its = weights.PICTURES[kind.removesuffix("Processor")]
+    if not its["do_center_crop"]:
+        del values["crop_size"]
+    values["do_pad"] |= its["do_pad"] is True  # with tiles of zeros
+    return values | {"image_processor_type": kind, "do_center_crop": its["do_center_crop"]}
 
 
 def processor_files(config, bpe):
@@ -137,6 +140,15 @@ def templates(tokenizer):
     folder = Path(getattr(tokenizer, "file", "")).parent
     files = [folder / name for name in TEMPLATES if hasattr(tokenizer, "file")]
     return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+
+
+def held_templates(tokenizer):
+    """The chat templates inside other files beside that of a tokenizer, if it has one: {file name: template}."""
+    folder, found = Path(getattr(tokenizer, "file", "")).parent, {}
+    for file in HOLDERS if hasattr(tokenizer, "file") else ():
+        with contextlib.suppress(ValueError, OSError):  # what cannot be read holds none
+            found[file] = checks.read_json(folder / file).get("chat_template")
+    return {file: template for file, template in found.items() if template}
 
 
 def write(model, folder, configs, texts, shard_size=5_000_000_000):

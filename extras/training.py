@@ -10,25 +10,16 @@ import llama
 def init_weights(model):
     """Draw random weights for training from scratch, from the distributions of the reference.
 
-    The vision tower as CLIPPreTrainedModel does it: normal, biases 0, norms the identity. The projector and the
-    language model as PreTrainedModel does it: normal with a standard deviation of 0.02, biases 0, norms 1.
+    The vision tower as CLIPPreTrainedModel or SiglipPreTrainedModel does it. The projector and the language model as
+    PreTrainedModel does it: normal with a standard deviation of 0.02, biases 0, norms 1.
     """
     normal, tower = nn.init.normal_, model.vision
-    width, scale = tower.config.hidden_size, (2 * tower.config.num_hidden_layers) ** -0.5
-    if tower.class_embedding is not None:
-        normal(tower.class_embedding, std=width**-0.5)
-    normal(tower.patch_embedding.weight, std=0.02)
-    normal(tower.position_embedding, std=0.02)
-    for block in tower.blocks:
-        for w in (block.attention.wq, block.attention.wk, block.attention.wv, block.mlp.fc2):
-            normal(w.weight, std=width**-0.5 * scale)
-        normal(block.attention.wo.weight, std=width**-0.5)
-        normal(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
     for module in tower.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
+    (init_siglip if tower.class_embedding is None else init_clip)(tower)
 
     for module in model.llama.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -46,6 +37,34 @@ def init_weights(model):
         normal(layer.weight, std=0.02)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+
+
+def init_clip(tower):
+    """All of a tower normal, narrower the more blocks there are; biases are 0 already."""
+    normal = nn.init.normal_
+    width, scale = tower.config.hidden_size, (2 * tower.config.num_hidden_layers) ** -0.5
+    normal(tower.class_embedding, std=width**-0.5)
+    normal(tower.patch_embedding.weight, std=0.02)
+    normal(tower.position_embedding, std=0.02)
+    for block in tower.blocks:
+        for w in (block.attention.wq, block.attention.wk, block.attention.wv, block.mlp.fc2):
+            normal(w.weight, std=width**-0.5 * scale)
+        normal(block.attention.wo.weight, std=width**-0.5)
+        normal(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+
+
+def init_siglip(tower):
+    """Xavier's uniform in the blocks (Glorot and Bengio 2010), and nearly LeCun's normal for the patches."""
+    normal, seen = nn.init.normal_, tower.patch_embedding.weight[0].numel()
+    normal(tower.position_embedding, std=tower.config.hidden_size**-0.5)
+    # wider by what a cut at 2 standard deviations would take away; the reference cuts at 2 itself, where nothing is
+    normal(tower.patch_embedding.weight, std=seen**-0.5 / 0.87962566103423978)
+    for block in tower.blocks:
+        attention, mlp = block.attention, block.mlp
+        for w in (attention.wq, attention.wk, attention.wv, attention.wo, mlp.fc1, mlp.fc2):
+            nn.init.xavier_uniform_(w.weight)
+        for w in (mlp.fc1, mlp.fc2):
+            normal(w.bias, std=1e-6)
 
 
 @torch.no_grad()

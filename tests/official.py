@@ -21,6 +21,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import llava
+from extras import anyres
 
 PICTURES = {  # file → where it comes from
     "view.jpg": "https://llava-vl.github.io/static/images/view.jpg",
@@ -31,6 +32,8 @@ PICTURES = {  # file → where it comes from
     "radar.jpg": "https://github.com/haotian-liu/LLaVA/blob/1a91fc274d7c35a9b50b3cb29c4247ae5837ce39/images/"
     "llava_v1_5_radar.jpg?raw=true",
     "compel-neg.png": "the picture of a cat in the documentation of VipLlava",
+    "deer.jpg": "the picture of two deer in transformers' test of LlavaNext with pictures of several sizes",
+    "chicken_on_money.png": "the integration tests of https://github.com/huggingface/text-generation-inference",
 }
 VISIT = "What are the things I should be cautious about when I visit this place?"
 SHOWN = "What is shown in this image?"
@@ -52,6 +55,8 @@ SEVEN, BAK, VIP = "llava-hf/llava-1.5-7b-hf", "llava-hf/bakLlava-v1-hf", "llava-
 INTERLEAVE = "llava-hf/llava-interleave-qwen-0.5b-hf"
 MISTRAL, VICUNA = "llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"
 ONE = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+BRING, CATS = f"{VISIT} What should I bring with me?", "000000039769.jpg"
+DIFFERENCE = "user\n<image><image>\nWhat is the difference between these images?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @dataclass
@@ -69,6 +74,8 @@ class Case:
     pixels: tuple | None = None  # the shape of pixel_values
     sizes: list | None = None  # image_sizes
     ids: list | None = None
+    answer: list | None = None  # the ids of the answer
+    in_tiles: bool = False  # OneVision: each of several pictures in tiles, as the reference does it with a flat list
 
 
 CASES = [
@@ -78,6 +85,22 @@ CASES = [
     Case(SEVEN, "<image>\nUSER: Describe the image.\nASSISTANT:", ["llama.jpg"], 20, "The image features a lone"),
     Case(SEVEN, f"USER: <image>\n{VISIT} ASSISTANT:", ["view.jpg"], 40, "When visiting this place, which"),
     Case(SEVEN, "USER: <image>\nWhat is this? ASSISTANT:", ["000000039769.jpg"], 20, "The image features two cats"),
+    Case(SEVEN, "<image>\nUSER: What's the content of the image?\nASSISTANT:", ["australia.jpg"], 12,
+         "The image features a stop sign on a street corner"),
+    Case(SEVEN, f"USER: <image>\n{BRING} ASSISTANT:", ["view.jpg"], 20, "When visiting this place, which is a pier or"),
+    Case(SEVEN, f"USER: <image>\n{BRING}\nASSISTANT:", ["view.jpg"], 20, "When visiting this place, which appears"),
+    Case(SEVEN, "USER: <image>\nWhat is this?\nASSISTANT:", [CATS], 20, "The image features two cats"),
+    Case(SEVEN, "USER: <image>\nWhat is this?\nASSISTANT: Two cats lying on a bed!\nUSER: <image>\nAnd this?\n"
+         "ASSISTANT:", [CATS, "view.jpg"], 20, "A cat sleeping on a bed."),
+    Case(SEVEN, "<image>\n<image>\nUSER: What's the difference of two images?\nASSISTANT:",
+         ["dog.jpg", "llama.jpg"], 20,
+         "The difference between the two images is that one of them has a dog standing on a field, while"),
+    Case(SEVEN, "<image>\n<image>\nUSER: What's the the difference of two images?\nASSISTANT:",  # in float32
+         ["dog.jpg", "llama.jpg"], 20, "In the two images, the primary difference is the presence of a small dog"),
+    Case(BAK, f"USER: <image>\n{BRING}\nASSISTANT:", ["view.jpg"], 20,
+         "When visiting this place, there are a few things to be cautious about"),
+    Case("xtuner/llava-phi-3-mini-hf", "USER: <image>\nWhat are these?\nASSISTANT:", [CATS], 12,
+         "These are two cats sleeping on a pink couch."),
     Case(BAK, f"<image>\nUSER: {VISIT}\nASSISTANT:", ["view.jpg"], 20,
          "When visiting this place, there are a few things one should be cautious about. Firstly,",
          ids=[1, 32000, 28705, 13, 11123, 28747, 1824, 460, 272, 1722, 315, 1023, 347, 13831, 925, 684, 739, 315, 3251,
@@ -98,6 +121,10 @@ CASES = [
          sizes=[[899, 1024]]),
     Case(MISTRAL, f"[INST] <image>\n{SHOWN} [/INST]", ["000000039769.jpg"], 20,
          "The image shows two cats lying on a pink surface, which appears to be a couch"),
+    Case(MISTRAL, f"[INST] <image>\n{SHOWN} [/INST]", ["deer.jpg"], 50,
+         "The image shows two deer, likely fawns, in a grassy area with trees in the background. The setting appears"),
+    Case(MISTRAL, "User:<image>Can you tell me a very short story based on the image?", ["chicken_on_money.png"], 10,
+         "Once upon a time, there was a", answer=[13, 13, 16114, 3714, 264, 727, 28725, 736, 403, 264]),
     Case(VICUNA, f"{CURIOUS} USER: <image>\n{SHOWN} ASSISTANT:", ["radar.jpg"], 100,
          "The image appears to be a graphical representation of a benchmarking study comparing the performance of "
          "various models or systems.",
@@ -136,6 +163,15 @@ CASES = [
     Case(ONE, "user\n<image>\nWhat do you see in this image?<|im_end|>\n<|im_start|>assistant\n",
          ["000000039769.jpg"], 50,
          "In the tranquil setting of this image, two cats are enjoying a peaceful nap on a vibrant pink blanket."),
+    Case(ONE, DIFFERENCE, ["radar.jpg", "australia.jpg"], 40,
+         "The images you've provided appear to be related to a graphical representation of a radar chart",
+         in_tiles=True),
+    Case(ONE, DIFFERENCE, ["australia.jpg", "radar.jpg"], 40,
+         "The first image shows a stop sign with a traditional Chinese architectural background, while the second "
+         "image displays a radar chart with various algorithms and models"),
+    Case(ONE, "user\nTell me about the french revolution.<|im_end|>\n<|im_start|>assistant\n", new=40,
+         begins="The French Revolution! A pivotal event in modern history that had a profound impact on the course of "
+         "Western civilization."),
     Case("llava-hf/llava-onevision-qwen2-0.5b-si-hf", QWEN, ["radar.jpg"], logits=[
         [-12.1953, -14.6797, -12.7891], [0.5840, -0.8467, 1.3799], [3.6055, 4.5430, 9.9062]], tolerance=1e-4),
     Case("llava-hf/llava-onevision-qwen2-7b-si-hf", QWEN, ["radar.jpg"], logits=[
@@ -149,9 +185,22 @@ CASES = [
 ]  # fmt: skip
 
 
+def in_tiles(inputs, images, processor):
+    """What a Processor makes of several pictures, but each of them in tiles: the number of its placeholders says so."""
+    plan = anyres.plan(processor.config)
+    pictures = anyres.prepare([processor.open_image(image) for image in images], processor.preprocess_config, plan)
+    counts = iter(anyres.counts(pictures["image_sizes"], plan))
+    copies = [next(counts) if i == processor.image_id else 1 for i in inputs["input_ids"][0].tolist()]
+    ids = inputs["input_ids"].repeat_interleave(torch.tensor(copies), dim=1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pictures}
+
+
 def compare(case, model, processor, folder):
     """Yield (what is compared, whether it is as published, ours, published) of one case."""
-    inputs = processor(case.prompt, [folder / name for name in case.pictures] or None)
+    images = [folder / name for name in case.pictures]
+    inputs = processor(case.prompt, images or None)
+    if case.in_tiles:
+        inputs = in_tiles(inputs, images, processor)
     if case.ids is not None:
         ids = inputs["input_ids"][0].tolist()
         yield "ids", ids == case.ids, ids, case.ids
@@ -169,8 +218,12 @@ def compare(case, model, processor, folder):
             ours = model(**inputs, logits_to_keep=torch.arange(3, device=model.device)).logits[0, :, :3].float().cpu()
         same = bool(((ours - torch.tensor(case.logits)).abs() <= case.tolerance).all())
         yield "logits", same, [[round(x, 4) for x in row] for row in ours.tolist()], case.logits
+    if case.begins or case.answer:
+        new = model.generate(**inputs, max_new_tokens=case.new)[0].tolist()
+        text = processor.decode(new).strip()
+    if case.answer is not None:
+        yield "answer", new == case.answer, new, case.answer
     if case.begins:
-        text = processor.decode(model.generate(**inputs, max_new_tokens=case.new)[0]).strip()
         yield "text", text.startswith(case.begins), text[: len(case.begins)], case.begins
 
 
@@ -192,7 +245,7 @@ def run(cases, model, processor, folder):
 def overview():
     for checkpoint in dict.fromkeys(case.checkpoint for case in CASES):
         own = [case for case in CASES if case.checkpoint == checkpoint]
-        kinds = [name for name in ("ids", "pixels", "sizes", "positions", "logits", "begins") if
+        kinds = [name for name in ("ids", "pixels", "sizes", "positions", "logits", "answer", "begins") if
                  any(getattr(case, name) for case in own)]  # fmt: skip
         print(f"{checkpoint}: {len(own)} prompts, {', '.join(kinds)}".replace("begins", "texts"))
     print("pictures:")

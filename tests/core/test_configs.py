@@ -267,6 +267,7 @@ def test_a_folder_without_preprocessing_numbers_is_refused(copy):
     ({"size": {"shortest_edge": 10**9}}, "size is {'shortest_edge': 1000000000}"),
     ({"size": True}, "size"),
     ({"crop_size": {"height": 27, "width": 28}}, "crop_size"),
+    ({"size": {"height": 28, "width": 28}, "crop_size": ...}, "crop_size {'height': 224, 'width': 224}"),  # its class's
     ({"size": {"height": 28, "width": 27}}, "size"),
     ({"wholly_new": 1}, "wholly_new"),
 ])  # fmt: skip

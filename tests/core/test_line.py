@@ -20,7 +20,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import quantize, recorded, speed
+from extras import family, quantize, recorded, speed
 
 SIZES = [(40, 61), (28, 28), (90, 33), (300, 21)]  # with rows trimmed, with columns, nearly nothing
 
@@ -539,6 +539,15 @@ def test_a_window_that_is_off_hides_nothing(made, tmp_path):
         "rope_type": "llama3", "factor": "8", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
         "original_max_position_embeddings": 64}}}, "factor is '8'"),
     ("vipllava", {"projector_layernorm_eps": -1.0}, "projector_layernorm_eps is -1.0"),
+    ("vipllava", {"vision_feature_layers": [-2, -4, 1], "vision_feature_layer": [-1, -3, 0]},
+     "vision_feature_layer is [-1, -3, 0], and vision_feature_layers [-2, -4, 1]"),
+    ("onevision", {"video_token_id": 5}, "video_token_index is"),
+    ("interleave", {"projector_layernorm_eps": 1e-5}, "the field projector_layernorm_eps = 1e-05 is none of a llava's"),
+    ("interleave", {"image_grid_pinpoints": [[28, 56]]}, "the field image_grid_pinpoints = [[28, 56]] is none of a"),
+    ("interleave", {"vision_feature_layers": -2}, "the field vision_feature_layers = -2 is none of a llava's"),
+    ("interleave", {"video_token_id": 5}, "the field video_token_id = 5 is none of a llava's"),
+    ("next-vicuna", {"vision_aspect_ratio": "anyres_max_9"}, "vision_aspect_ratio = 'anyres_max_9' is none of a"),
+    ("vipllava", {"image_grid_pinpoints": [[28, 56]]}, "image_grid_pinpoints = [[28, 56]] is none of a vipllava's"),
     ("interleave", {"text_config": {"model_type": "granite"}}, "text_config.model_type is 'granite'"),
     ("interleave", {"vision_config": {"model_type": "pixtral"}}, "vision_config.model_type is 'pixtral'"),
     ("interleave", {"model_type": "llava_next_video"}, "describes a"),
@@ -550,6 +559,46 @@ def test_what_cannot_be_honoured_is_refused_by_name_before_the_weights(made, tmp
         llava.load(str(folder), device="cpu")
     assert words in str(refused.value) and "config.json" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("vipllava", {"vision_feature_select_strategy": "full"}),
+    ("vipllava", {"multimodal_projector_bias": False}),
+    ("vipllava", {"vision_feature_layer": ..., "vision_feature_layers": [-2, -4, 1]}),
+    ("interleave", {"image_grid_pinpoints": [], "vision_aspect_ratio": None}),
+    ("onevision", {"video_token_index": ..., "video_token_id": 5}),
+])  # fmt: skip
+def test_a_field_that_a_class_does_not_have_changes_nothing(made, tmp_path, name, changes):
+    """ViP-LLaVA always leaves the class token out and has a bias; and other names of fields are as good."""
+    folder = config_of(made, name, tmp_path, **changes)
+    model, processor = llava.load(str(folder), device="cpu", dtype=torch.float64)
+    inputs = processor.chat([("user", "What?")], [photo(40, 61)])
+    close(model(**inputs).logits, line.reference(folder)(**theirs_of(model, inputs)).logits)
+    assert "video_token_id" not in changes or model.config.video_token_index == 5
+    llava.save(model, processor, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    theirs = getattr(transformers, saved["architectures"][0]).config_class()
+    assert all(hasattr(theirs, field) for field in family.SOME if field in saved)
+
+
+def test_a_single_layer_of_vipllava_is_saved_and_read(tmp_path):
+    folder = line.make(tmp_path / "one", "vipllava", vision_feature_layer=-2)
+    model, processor = llava.load(str(folder), device="cpu", dtype=torch.float64)
+    llava.save(model, processor, tmp_path / "saved")
+    again, _ = llava.load(str(tmp_path / "saved"), device="cpu", dtype=torch.float64)
+    inputs = processor.chat([("user", "What?")], [photo(40, 61)])
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    close(model(**inputs).logits, line.reference(tmp_path / "saved")(**theirs_of(model, inputs)).logits)
+
+
+@pytest.mark.parametrize("edge", [20, 32, 56])
+def test_tiles_that_would_be_scaled_again_are_refused(made, tmp_path, edge):
+    """Their edges would be cropped, and the whole is not at the scale of the tower."""
+    folder = config_of(made, "next-vicuna", tmp_path)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"shortest_edge": edge}}))
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json: size is .*{edge}.*, and must be 28"):
+        llava.load(str(folder), device="cpu")
 
 
 def test_a_video_token_in_a_prompt_is_refused(made):

@@ -1,10 +1,13 @@
 """tests/official.py, with a small checkpoint and values that were recorded from transformers: it sees what differs."""
 
 import dataclasses
+import json
+import re
 
 import official
 import pytest
 import torch
+import transformers
 from line import photo
 
 
@@ -50,6 +53,31 @@ def test_what_differs_is_shown_beside_the_published_value(recorded, capsys, fiel
     assert official.main(command(recorded), [case]) == 1
     out = capsys.readouterr().out
     assert out.endswith("5 as published, 1 different\n") and f"published {wrong!r}" in out
+
+
+def test_the_ids_of_an_answer_are_compared(recorded, capsys):
+    case = dataclasses.replace(recorded[0], answer=[1, 2])
+    assert official.main(command(recorded), [case]) == 1
+    out = capsys.readouterr().out
+    found = json.loads(re.search(r"answer: ours (\[.*\])", out)[1])
+    assert official.main(command(recorded), [dataclasses.replace(case, answer=found)]) == 0
+    assert len(found) == case.new and "answer: as published" in capsys.readouterr().out
+
+
+def test_several_pictures_are_given_in_tiles_as_the_reference_gives_a_flat_list(made, tmp_path):
+    model, processor, reference = made.pair("onevision")
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file, size in zip(files, [(40, 61), (90, 33)], strict=True):
+        photo(*size).save(file)
+    inputs = official.in_tiles(processor("<image><image>\nWhich?", files), files, processor)
+    flat = transformers.AutoImageProcessor.from_pretrained(made.folder("onevision"), backend="pil")(
+        [photo(40, 61), photo(90, 33)], return_tensors="pt"
+    )
+    assert torch.equal(inputs["pixel_values"], flat["pixel_values"].float())
+    flat = {key: x.double() if key == "pixel_values" else torch.as_tensor(x) for key, x in flat.items()}
+    with torch.no_grad():
+        theirs = reference(input_ids=inputs["input_ids"], **flat).logits
+        assert torch.allclose(model(**inputs).logits, theirs, rtol=0, atol=1e-9)
 
 
 def test_a_missing_picture_is_named_and_nothing_is_compared(recorded, capsys, tmp_path):

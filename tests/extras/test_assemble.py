@@ -197,6 +197,32 @@ def test_rows_to_spare_are_used_and_a_pad_token_of_its_own_stays(parts, tmp_path
     assert model.llama.head.weight is model.llama.embed.weight
 
 
+def test_a_pad_of_minus_one_is_none(parts, tmp_path):
+    shutil.copytree(parts["Llama"], tmp_path / "text")
+    change(tmp_path / "text", pad_token_id=-1)
+    _, processor = assemble.assemble(str(parts["CLIPModel"]), str(tmp_path / "text"))
+    assert processor.config.padding == processor.tokenizer.id("<pad>") is not None
+
+
+def test_an_end_that_generation_config_does_not_name_is_that_of_the_config(parts, tmp_path):
+    shutil.copytree(parts["Llama"], tmp_path / "text")
+    (tmp_path / "text" / "generation_config.json").write_text('{"eos_token_id": null, "pad_token_id": null}')
+    change(tmp_path / "text", pad_token_id=7)
+    model, _ = assemble.assemble(str(parts["CLIPModel"]), str(tmp_path / "text"))
+    assert model.config.eos_token_ids == [2] and model.config.padding == 7
+
+
+def test_a_vocabulary_that_is_absent_is_that_of_the_kind(parts, tmp_path):
+    """Qwen2's has 151936 rows by default, and not Llama's 32000."""
+    shutil.copytree(parts["Qwen2"], tmp_path / "text")
+    file = tmp_path / "text" / "config.json"
+    values = json.loads(file.read_text())
+    del values["vocab_size"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"has the shape \(638, 48\), by config.json it should be \(151936, 48\)"):
+        assemble.assemble(str(parts["SiglipModel"]), str(tmp_path / "text"))
+
+
 def change(folder, **values):
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
@@ -271,6 +297,36 @@ BROKEN = {  # what is done to a CLIPVisionModel or a Llama → the sentence
     "a tower's tensor in the text": (
         lambda eye, text: add(text, "vision_tower." + NORM, torch.ones(32)),
         "has no place"),
+    "a pad that is a word": (
+        lambda eye, text: change(text, pad_token_id="x"),
+        "Llama/config.json: pad_token_id is 'x', of the wrong type"),
+    "a list of pads": (
+        lambda eye, text: change(text, pad_token_id=[3]),
+        "pad_token_id is [3], of the wrong type"),
+    "a pad beyond all bounds": (
+        lambda eye, text: change(text, pad_token_id=2**40),
+        "pad_token_id is 1099511627776, out of range"),
+    "a pad of the generation that is a word": (
+        lambda eye, text: (text / "generation_config.json").write_text('{"pad_token_id": "x"}'),
+        "Llama/generation_config.json: pad_token_id is 'x', of the wrong type"),
+    "a vocabulary in quotes": (
+        lambda eye, text: change(text, vocab_size="638"),
+        "vocab_size is '638', of the wrong type"),
+    "a list of vocabularies": (
+        lambda eye, text: change(text, vocab_size=[638]),
+        "vocab_size is [638], of the wrong type"),
+    "a vocabulary below nothing": (
+        lambda eye, text: change(text, vocab_size=-3),
+        "vocab_size is -3, out of range"),
+    "a tower's part that is a word": (
+        lambda eye, text: change(eye, model_type="clip", vision_config="x"),
+        "CLIPVisionModel/config.json: vision_config is 'x', and must be an object"),
+    "captions that are a word": (
+        lambda eye, text: change(eye, model_type="clip", vision_config=VISION, text_config="x"),
+        "text_config is 'x', and must be an object"),
+    "a tower's layers in quotes": (
+        lambda eye, text: change(eye, model_type="clip", vision_config={**VISION, "num_hidden_layers": "3"}),
+        "CLIPVisionModel/config.json: vision_config: num_hidden_layers is '3', of the wrong type"),
     "no weights": (
         lambda eye, text: (text / "model.safetensors").unlink(),
         "holds neither model.safetensors"),

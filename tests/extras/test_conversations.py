@@ -60,6 +60,8 @@ def human(*values):
 
 
 WRONG = {
+    "[" * 100_000: "is not JSON",
+    '{"a": ' * 100_000: "line 1, is not an object of JSON",
     "not json": "line 1, is not an object of JSON",
     "[1, 2": "is not JSON",
     '[{"image": "0.png"}]': "object 1, is not an object of JSON",
@@ -83,7 +85,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_a_wrong_file_is_one_sentence(tmp_path, text):
     (tmp_path / "data").write_text(text)
     with pytest.raises(ValueError) as caught:

@@ -28,8 +28,8 @@ def test_the_defaults_are_those_of_the_classes(name):
         assert value == (list(their) if isinstance(their, tuple) else their)
     for field, value in kind.tower.items():
         assert value == getattr(theirs.vision_config, field)
-    for field in family.OURS:  # what a class has not stands in no other's defaults
-        assert (field in kind.defaults) == (getattr(theirs, field, None) is not None)
+    for field in family.SOME:  # vision_feature_layers and the like are other names
+        assert (field in kind.has) == hasattr(theirs, field)
 
 
 def test_what_a_file_says_counts_and_a_null_is_nothing():
@@ -39,18 +39,18 @@ def test_what_a_file_says_counts_and_a_null_is_nothing():
         "image_token_id": 7,
         "vision_aspect_ratio": None,
     }
-    found = family.complete(values)
+    found = family.complete(values, "config.json")
     assert (found["vision_feature_layer"], found["vision_aspect_ratio"]) == (-3, "anyres_max_9")
     assert found["image_token_id"] == 7 and "image_token_index" not in found  # one of its two names is enough
     assert found["vision_config"] == family.ONEVISION_TOWER and found["text_config"] == {"model_type": "qwen2"}
     part = {"hidden_size": 8}
-    found = family.complete({"model_type": "llava_onevision", "vision_config": part, "text_config": part})
+    found = family.complete({"model_type": "llava_onevision", "vision_config": part, "text_config": part}, "")
     assert found["vision_config"] == {"model_type": "siglip_vision_model", **part}
     assert found["text_config"] == {"model_type": "qwen2", **part}
 
 
 def test_the_published_list_of_layers_has_an_older_name():
-    found = family.complete({"model_type": "vipllava", "vision_feature_layers": [-2, 1]})
+    found = family.complete({"model_type": "vipllava", "vision_feature_layers": [-2, 1]}, "config.json")
     assert "vision_feature_layer" not in found and weights.ALIASES["vision_feature_layers"] == "vision_feature_layer"
 
 

@@ -1,8 +1,12 @@
 """Prompts of the line of LLaVAs: the exact strings, which of them a folder gets, and where an answer ends."""
 
+import json
+
+import line
 import pytest
 from line import CHATML, LLAMA_3, PHI_3, write_tokenizer
 from official import CURIOUS, HELPFUL
+from PIL import Image
 
 import llama
 import llava
@@ -101,12 +105,34 @@ def test_a_later_turn_continues_the_string(tmp_path, case):
     assert processor.as_text([*answered[:-1], *processor.pieces([second], going_on=True)]) == whole
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_conversation_without_a_turn_is_refused(tmp_path, case):
+    processor, _ = processor_of(tmp_path, case)
+    for images in (None, [Image.new("RGB", (5, 7))]):
+        with pytest.raises(ValueError, match="a conversation needs a turn"):
+            processor.chat([], images)
+
+
+def test_a_checkpoint_that_says_nowhere_how_an_answer_ends_is_refused(tmp_path):
+    """SigLIP and a Qwen2, whose class has no end by default; its usual <|im_end|> is no token of this tokenizer's."""
+    folder = line.make(tmp_path, "interleave")
+    line.write_tokenizer(folder, [], bos=False)
+    (folder / "generation_config.json").unlink()
+    values = json.loads((folder / "config.json").read_text())
+    values["text_config"]["eos_token_id"] = values["eos_token_id"] = None
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"neither config\.json nor generation_config\.json says eos_token_id"):
+        llava.load(str(folder), device="cpu")
+
+
 def test_a_systems_words_take_the_place_of_the_opening(tmp_path):
     processor, _ = processor_of(tmp_path, ("llava_next", "qwen2", tuple(CHATML)))
     text = processor.as_text(processor.pieces([("system", "Be brief."), ("user", "Q")], 0))
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n")
     processor, _ = processor_of(tmp_path, ("vipllava", "llama", ()))
     assert processor.as_text(processor.pieces([("system", "S"), ("user", "Q")], 0)) == "S###Human: Q###Assistant:"
+    processor, _ = processor_of(tmp_path, ("llava_next", "mistral", ()))
+    assert processor.as_text(processor.pieces([("system", "S"), ("user", "Q")], 0)) == "S\n[INST] Q [/INST]"
 
 
 def test_several_pictures_stand_in_front_each_with_its_line(tmp_path):

@@ -2,13 +2,16 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
+import line
 import pytest
 import torch
+import transformers
 from checkpoints import HEAD, load, same, tied
 from pictures import picture
-from reference import PATCH, PREPROCESSOR, TINY, load_reference, published_names
+from reference import EDGE, PATCH, PREPROCESSOR, TINY, load_reference, published_names
 from safetensors.torch import load_file
 
 import llava
@@ -219,6 +222,42 @@ def test_a_saved_folder_pads_to_a_square_if_its_original_does(copy, tmp_path):
     assert llava.load(tmp_path / "saved", device="cpu")[1].preprocess_config.do_pad
 
 
+WHOLE = {"height": EDGE, "width": EDGE}
+
+
+@pytest.mark.parametrize("name, numbers", [
+    ("next-vicuna", {"size": WHOLE, "crop_size": WHOLE}),
+    ("next-vicuna", {"size": WHOLE, "crop_size": EDGE, "do_center_crop": False}),
+    ("next-vicuna", {"size": EDGE, "crop_size": EDGE}),
+    ("onevision", {"size": WHOLE, "crop_size": WHOLE}),
+    ("llama-3", {"size": WHOLE, "crop_size": WHOLE}),
+    ("llama-3", {"size": WHOLE, "crop_size": None, "do_center_crop": False}),
+    ("llama-3", {"size": WHOLE, "crop_size": None, "do_center_crop": False, "do_pad": True,
+                 "image_processor_type": "LlavaImageProcessor"}),
+    ("interleave", {"size": WHOLE, "crop_size": {"height": 5, "width": 5}}),
+])  # fmt: skip
+def test_a_saved_folder_scales_and_cuts_as_its_original_does(made, tmp_path, name, numbers):
+    """As the reference reads them: LLaVA-NeXT's class has a crop of 224 pixels by default, which SigLIP's has not."""
+    folder = tmp_path / "original"
+    shutil.copytree(made.folder(name), folder)
+    if name == "next-vicuna":  # the tower that squashes
+        tower = {"model_type": "siglip_vision_model", "vision_use_head": False}
+        line.make(folder, name, tower=tower, vision_feature_select_strategy="full")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | numbers))
+    model, processor = llava.load(folder, device="cpu")
+    llava.save(model, processor, tmp_path / "saved")
+    _, again = llava.load(tmp_path / "saved", device="cpu")
+    for photo in (line.photo(40, 61), line.photo(90, 33)):
+        found = [
+            transformers.AutoImageProcessor.from_pretrained(where, backend="pil")(photo, return_tensors="pt")
+            for where in (folder, tmp_path / "saved")
+        ]
+        ours = [x.prepare([[x.image_id]], [photo]) for x in (processor, again)]
+        pixels = [torch.as_tensor(x["pixel_values"]).float() for x in (*found, *ours)]
+        assert all(torch.equal(x, pixels[0]) for x in pixels[1:])
+
+
 def test_saving_over_a_folder_of_transformers_leaves_nothing_that_would_count(copy, pairs, tmp_path):
     """The nested numbers, the names of special tokens and the chat template of another checkpoint."""
     folder = Path(original(copy))
@@ -237,6 +276,27 @@ def test_the_chat_template_is_passed_on(copy, tmp_path, over):
     to = Path(folder) if over else tmp_path / "saved"
     llava.save(*llava.load(folder, device="cpu"), to)
     assert processed(to)[0].apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi ASSISTANT:"
+
+
+@pytest.mark.parametrize("template", ["Hi {{ bos_token }}", [{"name": "default", "template": "Hi"}]], ids=len)
+@pytest.mark.parametrize("over", [False, True])
+def test_a_chat_template_inside_a_config_is_passed_on(copy, tmp_path, over, template):
+    folder = Path(copy.write())
+    for file in saving.HOLDERS:
+        (folder / file).write_text(json.dumps({"chat_template": template}))
+    to = folder if over else tmp_path / "saved"
+    before = transformers.AutoTokenizer.from_pretrained(folder).chat_template
+    llava.save(*llava.load(folder, device="cpu"), to)
+    assert before and transformers.AutoTokenizer.from_pretrained(to).chat_template == before
+    assert transformers.AutoProcessor.from_pretrained(to, use_fast=False).chat_template == template
+    llava.save(*llava.load(TINY, device="cpu"), to)
+    assert transformers.AutoTokenizer.from_pretrained(to).chat_template is None
+
+
+def test_a_config_that_cannot_be_read_holds_no_chat_template(copy, tmp_path):
+    (copy.folder / "tokenizer_config.json").write_text("{")
+    llava.save(*llava.load(copy.write(), device="cpu"), tmp_path / "saved")
+    assert "chat_template" not in json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
 
 
 def test_a_folder_that_holds_an_adapter_is_not_written_to(pair, tmp_path):

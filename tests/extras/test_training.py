@@ -3,12 +3,13 @@ checkpointing and another vocabulary, each as in transformers.
 """
 
 import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
 from reference import EDGE, IMAGE, PAD, expanded, load_reference, reference_config
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import llama
 import llava
@@ -198,16 +199,22 @@ def test_each_block_runs_again_for_its_gradient(trained):
 
 
 @functools.cache
-def drawn(family, whose):
+def drawn(family, whose, tower="clip_vision_model"):
     """The initial weights of a few seeds, name → one long tensor."""
     text = {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1, "initializer_range": 0.02}
-    tower = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3}
-    config = reference_config(family, text=text, vision=tower)
+    kind = llava.vision.VisionConfig.KINDS[tower]
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3}
+    config = reference_config(family, text=text, vision=sizes)
+    if not kind.get("class_token", True):
+        sizes |= {"num_attention_heads": 4, "image_size": EDGE, "patch_size": 7, "vision_use_head": False}
+        config = LlavaConfig(vision_config=SiglipVisionConfig(**sizes), text_config=config.text_config)
     found = {}
     for seed in range(8):
         torch.manual_seed(100 * seed + (whose == "ours"))
         if whose == "ours":
-            model, rename = llava.Llava(ours_of(config)), str
+            own = ours_of(config)
+            own.vision_config = dataclasses.replace(own.vision_config, **{**kind, "patch_size": 7})
+            model, rename = llava.Llava(own), str
             model.init_weights()
         else:
             model, rename = LlavaForConditionalGeneration(config), weights.our_name
@@ -249,6 +256,24 @@ def test_initial_weights_are_drawn_as_the_references(family):
             name
         )  # normal
         assert not torch.equal(mine[0], mine[1]), name  # another seed, other numbers
+
+
+def test_initial_weights_of_a_siglip_are_drawn_as_the_references():
+    """By its own rule: patches wider, blocks uniform, and biases in the MLP that are not quite 0."""
+    ours, theirs = (drawn("llama", whose, "siglip_vision_model") for whose in ("ours", "theirs"))
+    assert set(ours) == set(theirs)
+    for name, reference in theirs.items():
+        mine, spread, n = ours[name], reference.std(), reference.numel()
+        assert mine.shape == reference.shape, name
+        if spread == 0:
+            assert torch.equal(mine, reference), name
+            continue
+        assert abs(mine.std() / spread - 1) <= 5 / n**0.5 and abs(mine.mean()) <= 5 * spread / n**0.5, name
+        far, their_far = ((x.abs() > 1.7 * spread).double().mean() for x in (mine, reference))
+        assert abs(far - their_far) <= 5 * (2 * 0.09 / n) ** 0.5, name  # of a normal 9 %, of a uniform hardly any
+    assert ours["vision.blocks.0.mlp.fc1.bias"].std() == pytest.approx(1e-6, rel=0.1)
+    assert ours["vision.position_embedding"].std() == pytest.approx(128**-0.5, rel=0.1)
+    assert ours["vision.blocks.0.attention.wq.weight"].abs().max() <= (6 / 256) ** 0.5
 
 
 def test_initial_spreads_are_these():
