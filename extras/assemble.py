@@ -80,8 +80,7 @@ def new_tokens(folder, text, generation):
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: save its tokenizer with transformers' fast class")
-    with checks.named(file):
-        bpe = tokenizers.Tokenizer.from_file(str(checks.small_file(file)))
+    bpe = checks.Tokenizer(file).bpe
     ends = llava.as_list(generation.get("eos_token_id", text.get("eos_token_id")))
     own = [generation.get("pad_token_id"), text.get("pad_token_id"), bpe.token_to_id("<pad>")]
     pad = next((i for i in own if i is not None and i not in ends and bpe.id_to_token(i) is not None), None)
@@ -203,7 +202,9 @@ def read(model, tower_folder, text_folder):
     tied = torch.equal(state[head], state[embed]) and weights.is_tied(model)
     for name, shape in shapes.items():  # the projector, as the reference draws it
         if name not in state:
-            drawn = torch.zeros(shape) if name.endswith("bias") else torch.randn(shape) * 0.02
+            drawn = torch.zeros(shape, dtype=torch.float32)
+            if not name.endswith("bias"):
+                drawn.normal_(std=0.02)
             state[name] = drawn.to(state[embed].dtype)
     model.load_state_dict(state, assign=True)
     if tied:
