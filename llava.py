@@ -423,9 +423,9 @@ class Processor:
         if self.eos_id not in config.eos_token_ids:  # the end of a turn ends an answer, whatever the config says
             config.eos_token_id = [*config.eos_token_ids, self.eos_id]
         self.image_token = tokenizer.spelling.get(self.image_id)  # <image> in nearly all
-        if self.image_token is None or tokenizer.id("<image>") not in (None, self.image_id):
-            its_id = tokenizer.id("<image>")
+        if (its_id := tokenizer.id("<image>")) not in (None, self.image_id) or self.image_token is None:
             raise ValueError(f"tokenizer.json gives <image> the id {its_id}, config.json {self.image_id}")
+        tokenizer.control = forms.control(self)
 
     def __call__(self, text, images=None, pad=None):
         """A prompt or a list of them, and their pictures → dict of input_ids, attention_mask and pixel_values.

@@ -87,8 +87,7 @@ def new_tokens(folder, ends, pads):
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer.json: save its tokenizer with transformers' fast class")
-    with checks.named(file):
-        bpe = tokenizers.Tokenizer.from_file(str(checks.small_file(file)))
+    bpe = checks.Tokenizer(file).bpe
     own = [i for i in (*pads, bpe.token_to_id("<pad>")) if i is not None and i >= 0]  # -1: trainers' way to say none
     pad = next((i for i in own if i not in ends and bpe.id_to_token(i) is not None), None)
     wanted = [IMAGE] + (["<pad>"] if pad is None else [])
@@ -212,7 +211,9 @@ def read(model, tower_folder, text_folder):
     tied = torch.equal(state[head], state[embed]) and weights.is_tied(model)
     for name, shape in shapes.items():  # the projector, as the reference draws it
         if name not in state:
-            drawn = torch.zeros(shape) if name.endswith("bias") else torch.randn(shape) * 0.02
+            drawn = torch.zeros(shape, dtype=torch.float32)
+            if not name.endswith("bias"):
+                drawn.normal_(std=0.02)
             state[name] = drawn.to(state[embed].dtype)
     model.load_state_dict(state, assign=True)
     if tied:

@@ -9,6 +9,8 @@ cache is. Greedy decoding is a search with one beam; a test compares the two.
     n, k     beams of a row, candidates that they grow into
 """
 
+import operator
+
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -54,9 +56,12 @@ def check(max_new_tokens, num_beams, temperature=0.0, top_k=None, top_p=1.0):
 def score(model, answers, input_ids, pixel_values=None, attention_mask=None, image_sizes=None):
     """log P(answer | prompt) of several answers, each a list of ids, to one prompt (1, T) → (answers,) float32.
 
-    The prompt and its pictures are read once; the answers go on from copies of its cache, side by side.
+    The prompt and its pictures are read once; the answers go on from copies of its cache, side by side. Raises
+    ValueError for what is no list of answers, and for several prompts.
     """
-    rows = [torch.tensor(answer, dtype=torch.int64, device=model.device) for answer in answers]
+    if input_ids.dim() != 2 or len(input_ids) != 1:
+        raise ValueError(f"input_ids has the shape {tuple(input_ids.shape)}: answers are scored to one prompt, (1, T)")
+    rows = [torch.tensor(ids, dtype=torch.int64, device=model.device) for ids in as_ids(answers)]
     ids = pad_sequence(rows, batch_first=True, padding_value=model.config.padding)
     real = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
     first, kv_cache = model.prefill(input_ids, pixel_values, attention_mask, image_sizes=image_sizes)
@@ -68,10 +73,22 @@ def score(model, answers, input_ids, pixel_values=None, attention_mask=None, ima
     return scores.masked_fill(~real, 0).sum(1)
 
 
+def as_ids(answers):
+    """Answers as lists of int. Raises ValueError unless they are lists of ids, and hold one at least."""
+    try:
+        rows = [[operator.index(i) for i in answer] for answer in answers]
+    except TypeError:
+        raise ValueError(f"answers are a list of lists of ids, and not {answers!r:.100}") from None
+    if not any(rows):
+        raise ValueError(f"there is nothing to score in the answers {answers!r:.100}: each is a list of ids")
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # One step of all beams
 
-NEVER = -1e9  # the score of what must not be chosen; finite, as in the reference, so that ties fall the same way
+# the score of what must not be chosen; finite, as in the reference, so that ties fall the same way
+NEVER = torch.tensor(-1e9, dtype=torch.float32, device="cpu")  # a plain number times bool is of torch's default dtype
 
 
 def init_beams(batch_size, num_beams, max_new_tokens, pad_token_id, device):
@@ -81,7 +98,7 @@ def init_beams(batch_size, num_beams, max_new_tokens, pad_token_id, device):
     · ended (B, n) and open (B, 1) bool · ended_lengths (B, n) int64 · step () int64
     """
     shape = (batch_size, num_beams)
-    scores = torch.full(shape, NEVER, device=device)
+    scores = torch.full(shape, float(NEVER), dtype=torch.float32, device=device)
     ids = torch.full((*shape, max_new_tokens), pad_token_id, device=device)
     beams = {"ids": ids, "ended_ids": ids.clone(), "scores": scores.clone(), "ended_scores": scores.clone()}
     beams["scores"][:, 0] = 0  # all n begin alike: let the first one alone branch out

@@ -12,16 +12,13 @@ is in weights.py. docs/robustness.md lists what happens with each kind.
 import contextlib
 import operator
 import os
-import secrets
 from pathlib import Path
-
-import tokenizers
 
 import llama
 import llava
 import vision
 import weights
-from extras import anyres, other_formats
+from extras import added_tokens, anyres, other_formats
 from extras.family import clean
 from extras.intake import open_image  # noqa: F401 (for llava.load)
 
@@ -41,26 +38,26 @@ def named(file):
 
 
 class Tokenizer(llama.Tokenizer):
-    """llama.Tokenizer, of a file that may be anything. What the caller gives is looked at first, and is no fault of it.
+    """llama.Tokenizer, of a file that may be anything, with the tokens that stand beside it (extras/added_tokens.py).
+    What the caller gives is looked at first, and is no fault of it.
 
     Nobody must be able to type a special token: a prompt goes to a twin of the tokenizer that knows these tokens by
     secret spellings alone. To it, "</s>" is four letters.
     text_config: of the model that it belongs to, which may have rows that stand for no token.
+    control: the ids that no text may give and no answer shows. A Processor adds those that its model calls special.
     """
 
     def __init__(self, file, text_config=None):
         self.file, self.text_config = small_file(file), text_config
         with named(file):
             super().__init__(file)
-        self.twin = tokenizers.Tokenizer(self.bpe.model)  # one model for both
-        self.twin.normalizer, self.twin.pre_tokenizer = self.bpe.normalizer, self.bpe.pre_tokenizer
-        special, key = self.bpe.get_added_tokens_decoder(), secrets.token_hex(8)
-        self.secret = {i: f"{x[0]}{key}{i:08}{x[-1]}" for i, x in self.spelling.items()}  # neighbours may see its ends
-        for i, token in special.items():
-            token.content = self.secret[i]
-        self.twin.add_tokens([*special.values()])  # with their own flags: to take the spaces beside them, and the like
-        added, unknown = self.bpe.get_added_tokens_decoder(), getattr(self.bpe.model, "unk_token", None)
-        self.control = {i for i, token in added.items() if token.special and token.content != unknown}
+        self.bpe.add_tokens(added_tokens.beside(file.parent, self.bpe.get_added_tokens_decoder(), read_json))
+        added = self.bpe.get_added_tokens_decoder()
+        self.spelling = {i: token.content for i, token in added.items()}
+        self.control = {i for i, token in added.items() if token.special}
+        self.unknown = self.id(getattr(self.bpe.model, "unk_token", None) or "")
+        with named(file):
+            self.twin, self.secret = added_tokens.twin(self.bpe)
         self.decode(self.encode("\U0010ffff"))  # a character outside any vocabulary: some broken files fail only there
 
     def encode(self, text, special=True):
@@ -79,7 +76,7 @@ class Tokenizer(llama.Tokenizer):
                 self.check([piece])
         with named(self.file):
             ids = self.twin_ids(pieces)
-        for i in self.control.intersection(ids):
+        for i in self.control.intersection(ids) - {self.unknown}:
             if ids.count(i) > pieces.count(i):  # some models hold them as whole words, and find them in any text
                 raise ValueError(f"{self.file} takes {self.spelling[i]} in a text for a special token: leave it out")
         return ids
@@ -101,7 +98,7 @@ class Tokenizer(llama.Tokenizer):
     def decode(self, ids):
         ids = self.check(ids)
         with named(self.file):
-            return super().decode(ids)
+            return super().decode([i for i in ids if i not in self.control])
 
     def check(self, ids):
         """The ids as a list of int. Raises ValueError that names the first one that is none of the vocabulary's."""

@@ -217,7 +217,7 @@ def views(weights, question, cells):
 
 def pooled(view, cells):
     """Patch by patch (W, Q) → the mean of each cell (W, cells). cells: the cell of each patch (Q,)."""
-    sums = torch.zeros(len(view), int(cells.max()) + 1).index_add_(1, cells, view)
+    sums = view.new_zeros(len(view), int(cells.max()) + 1).index_add_(1, cells, view)
     return sums / cells.bincount()
 
 

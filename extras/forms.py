@@ -7,6 +7,7 @@ is followed.
 
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 
 @dataclass
@@ -26,16 +27,11 @@ class Form:
 
     def pieces(self, processor, turns, images=0, going_on=False):
         """Processor.pieces: a conversation as a list of text and of ids of special tokens."""
-        if not turns:
-            raise ValueError("a conversation needs a turn, such as ('user', 'What is there?')")
+        check(turns)
         tokenizer, pieces, numbered = processor.tokenizer, [], any(len(turn) > 2 for turn in turns)
         if self.opening and not going_on and turns[0][0] == "user":
-            turns = [("system", self.opening), *turns]
+            pieces += special(self.opening.join(self.system), tokenizer)
         for role, words, *number in turns:
-            if not isinstance(words, str):
-                raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
-            if role not in ("system", "user", "assistant"):
-                raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
             if going_on:
                 pieces += [processor.eos_id] if self.between is None else special(self.between, tokenizer)
             own = 0  # pictures: without numbers the first user turn takes them all
@@ -49,10 +45,37 @@ class Form:
         return [*pieces, processor.eos_id] if going_on else pieces
 
 
+def check(turns):
+    """Raise ValueError unless this is a conversation."""
+    kinds = (list, tuple)
+    if not (turns and isinstance(turns, kinds) and all(isinstance(x, kinds) and len(x) in (2, 3) for x in turns)):
+        right = 'a list of (role, words), or of (role, words, number of its pictures), such as [("user", "What?")]'
+        raise ValueError(f"a conversation is {right}, and not {turns!r:.100}")
+    for role, words, *number in turns:
+        if not isinstance(words, str):
+            raise ValueError(f"the words of a turn are {words!r:.100}, and must be a str")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"a turn's role is {role!r}, and must be system, user or assistant")
+        if not all(isinstance(x, Integral) and x >= 0 for x in number):
+            raise ValueError(f"the number of a turn's pictures is {number[0]!r:.100}, and must be 0, 1, 2, …")
+
+
 def special(text, tokenizer):
-    """A string of a form as pieces: the special tokens in it as their ids."""
+    """A string of a form as pieces: the tokens that were added to the vocabulary as their ids, the longest first."""
     ids = {name: i for i, name in tokenizer.spelling.items()}
-    return [ids.get(part, part) for part in re.split(r"(<[^<>\s]+>)", text) if part]
+    names = "|".join(re.escape(name) for name in sorted(ids, key=len, reverse=True) if name)
+    return [ids.get(part, part) for part in re.split(f"({names})", text) if part]
+
+
+def control(processor):
+    """The ids that stand for no text, whatever the flags in tokenizer.json, a set: what begins, ends and fills a row,
+    pictures, and what the form has in brackets.
+    """
+    tokenizer, config, form = processor.tokenizer, processor.config, processor.form
+    text = "".join((*form.system, *form.user, *form.assistant, *form.picture, form.between or ""))
+    ids = {*tokenizer.bos, *config.eos_token_ids, config.padding, config.image_token_index, config.video_token_index}
+    ids |= {i for i, name in tokenizer.spelling.items() if re.fullmatch(r"<.+>|\[.+\]", name) and name in text}
+    return getattr(tokenizer, "control", set()) | ids & tokenizer.spelling.keys()
 
 
 CURIOUS = (  # "human", where LLaVA-1.5's authors write "user"

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from extras import checks, other_formats
+from extras import added_tokens, checks, other_formats
 from extras.cli import notice
 from weights import INDEX, SINGLE
 
@@ -16,6 +16,7 @@ CONFIGS = [
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.json",
+    *added_tokens.FILES,  # the last three where a repository has them
 ]
 OWN = {"tiny": "tiny", "small": "small/model"}  # names → where these models are in this repository
 

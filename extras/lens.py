@@ -201,7 +201,8 @@ def onto_patches(model, ids, sizes, images):
     if model.image_newline is None:
         (count,) = model.feature_counts(range(1))
         missing = grid**2 - count  # the first patch, where "default" leaves it out of a tower without a class token
-        return grid, torch.block_diag(*[torch.eye(grid**2)[missing:]] * len(images)) if missing > 0 else None
+        each = torch.eye(grid**2, dtype=torch.float32)[missing:]
+        return grid, torch.block_diag(*[each] * len(images)) if missing > 0 else None
     grid, plan = 2 * grid, anyres.plan(model.config)
     alone = anyres.lone(ids, model.config.image_token_index, sizes, plan)
     for image, (height, width), single in zip(images, sizes.tolist(), alone, strict=True):

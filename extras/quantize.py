@@ -312,7 +312,8 @@ def works(kind, kernel, dtype):
     Checked on the largest numbers that there are, all of one sign, too: a processor that adds the products of eight
     bits in sixteen saturates there without a word, and by a little elsewhere.
     """
-    weight = torch.randn(kind.BLOCK, 4 * kind.BLOCK, generator=torch.Generator().manual_seed(0))
+    shape, generator = (kind.BLOCK, 4 * kind.BLOCK), torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float32)
     weight = torch.cat([weight, weight.sign(), torch.ones_like(weight)])
     x = torch.cat([weight[:3], weight[-1:], -weight[-1:]]).to(dtype)
     layer, plain = (kind(weight.shape[1], len(weight), dtype, kernel=name, most=len(x)) for name in (kernel, "plain"))

@@ -86,7 +86,7 @@ def resize_token_embeddings(model, n):
             return weight
         rows, new = weight.float(), max(0, n - len(weight))
         spread = (rows - rows.mean(0)) / len(rows) ** 0.5  # spreadᵀ spread is the covariance
-        drawn = rows.mean(0) + 1e-9**0.5 * torch.randn(new, len(rows), device=rows.device) @ spread
+        drawn = rows.mean(0) + 1e-9**0.5 * rows.new_empty(new, len(rows)).normal_() @ spread
         return nn.Parameter(torch.cat([weight[:n], drawn.to(weight.dtype)]), weight.requires_grad)
 
     embed, head = model.llama.embed, model.llama.head

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from inputs import PROMPTS, alone, filled, rare_ends, reference_generate
+from reference import TINY
 
 import llama
-from extras import beams
+import llava
+from extras import beams, training
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +93,62 @@ def test_a_search_leaves_the_prompt_in_the_cache(model, batch):
     again = model.generate(torch.tensor([[*said[0].tolist(), 70]]), max_new_tokens=5, kv_cache=cache)
     whole = torch.tensor([PROMPTS[0] + said[0].tolist() + [70]])
     assert torch.equal(again, model.generate(whole, single["pixel_values"], max_new_tokens=5))
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(default):
+    def everything():
+        model, processor = llava.load("tiny", device="cpu", dtype=torch.float32)
+        inputs = processor.chat([("user", "What is there?")], TINY / "scene.png")
+        return [
+            *inputs.values(), model(**inputs, output_attentions=True).attentions[1], model(**inputs).logits,
+            *(model.generate(**inputs, max_new_tokens=6, num_beams=n) for n in (1, 2, 3)),
+            model.generate(**inputs, max_new_tokens=6, temperature=1.0, top_p=0.9, top_k=9, seed=3),
+            model.score([[40, 41, 2], [42]], **inputs), training.resize_token_embeddings(model, 640).weight,
+        ]  # fmt: skip
+
+    usual = everything()
+    torch.set_default_dtype(default)
+    try:
+        found = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(usual, found, strict=True))
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=str)
+def test_a_search_is_in_float32_whatever_the_default_dtype_is(default):
+    torch.set_default_dtype(default)
+    try:
+        state = beams.init_beams(2, 2, 4, 11, "cpu")
+        beams.beam_step(state, torch.zeros(4, 12, dtype=torch.float16), [3])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert state["scores"].dtype == state["ended_scores"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ([], "nothing to score in the answers"),
+        ([[]], "nothing to score in the answers"),
+        ([5, 6], "a list of lists of ids"),
+        ([[5.5]], "a list of lists of ids"),
+        ("ab", "a list of lists of ids"),
+        (None, "a list of lists of ids"),
+    ],
+    ids=repr,
+)
+def test_answers_that_are_none_are_named(model, batch, answers, words):
+    with pytest.raises(ValueError, match=words):
+        model.score(answers, torch.tensor([PROMPTS[0]]), batch["pixel_values"][:1])
+
+
+def test_answers_are_scored_to_one_prompt(model, batch):
+    with pytest.raises(ValueError, match=r"input_ids has the shape \(3, \d+\): answers are scored to one prompt"):
+        model.score([[60, 2]], **batch)
+    with pytest.raises(ValueError, match=r"to one prompt, \(1, T\)"):
+        model.score([[60, 2]], torch.tensor([1, 40]))
 
 
 def test_beams_do_not_sample(model):

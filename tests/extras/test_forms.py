@@ -7,11 +7,13 @@ import pytest
 from line import CHATML, LLAMA_3, PHI_3, write_tokenizer
 from official import CURIOUS, HELPFUL
 from PIL import Image
+from reference import TINY
+from transformers import AutoTokenizer
 
 import llama
 import llava
 import vision
-from extras import checks, forms
+from extras import checks, forms, turn
 
 SYSTEM_3 = "<|start_header_id|>system<|end_header_id|>\n\n"
 USER_3, ANSWER_3 = "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -109,7 +111,7 @@ def test_a_later_turn_continues_the_string(tmp_path, case):
 def test_a_conversation_without_a_turn_is_refused(tmp_path, case):
     processor, _ = processor_of(tmp_path, case)
     for images in (None, [Image.new("RGB", (5, 7))]):
-        with pytest.raises(ValueError, match="a conversation needs a turn"):
+        with pytest.raises(ValueError, match=r"a conversation is a list of .*, and not \[\]"):
             processor.chat([], images)
 
 
@@ -153,3 +155,95 @@ def test_each_row_is_reached():
         config.text_config = llama.TextConfig(model_type=text or "llama")
         reached.append(forms.choose(config, tokenizer) is form)
     assert all(reached)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokens of a form that have other names and other flags
+
+
+def changed(folder, kind, text, names=(), model=None, **flags):
+    """A processor whose tokenizer has these tokens, too, and its file; flags: of all its added tokens."""
+    values = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    values["added_tokens"] += [{**values["added_tokens"][0], "id": 640 + i, "content": x} for i, x in enumerate(names)]
+    for token in values["added_tokens"]:
+        token.update(flags)
+    values["model"] |= model or {}
+    if model:
+        values |= {"normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "llava"}', encoding="utf-8")
+    config = llava.LlavaConfig(model_type=kind, image_token_index=638, pad_token_id=639)
+    config.text_config = llama.TextConfig(model_type=text)
+    return llava.Processor(checks.Tokenizer(folder / "tokenizer.json"), vision.PreprocessConfig(), config)
+
+
+@pytest.mark.parametrize("flags", [{}, {"special": False, "normalized": True}, {"lstrip": True}, {"single_word": True}])
+@pytest.mark.parametrize(
+    ("kind", "text", "names"),
+    [
+        ("llava_next", "mistral", ["[INST]", "[/INST]"]),
+        ("llava", "llama", ["USER:", "ASSISTANT:"]),
+        ("llava", "llama", ["USER", "USER:", "A"]),
+        ("vipllava", "llama", ["###Human:", "###Assistant:"]),
+        ("llava_next", "llama", ["assistant", "the"]),
+        ("llava", "mistral", ["\nASSISTANT:", "\n"]),
+    ],
+    ids=str,
+)
+def test_words_of_the_form_that_were_added_to_the_tokenizer_are_tokens(tmp_path, kind, text, names, flags):
+    processor = changed(tmp_path, kind, text, names, **flags)
+    tokenizer, theirs = processor.tokenizer, AutoTokenizer.from_pretrained(tmp_path)
+    for turns in ([("user", "What?")], [("user", "What?"), ("assistant", "So."), ("user", "Why?")]):
+        for images in range(3):
+            pieces = processor.pieces(turns, images)
+            expected = theirs(processor.as_text(pieces)).input_ids
+            assert tokenizer.bos + tokenizer.encode_pieces(pieces) == expected
+            assert flags or {640, 641} & {*expected}
+    typed = processor.pieces([("user", " ".join(names))], 0)
+    assert all(tokenizer.encode_pieces(typed).count(i) <= typed.count(i) for i in range(640, 640 + len(names)))
+
+
+def test_an_end_that_its_flags_do_not_call_special_is_neither_typed_nor_shown(tmp_path):
+    """A model that takes words whole finds it in any text: then the text is refused."""
+    processor = changed(tmp_path, "llava", "llama", model={"ignore_merges": True}, special=False)
+    for word in ("</s>", "<s>"):
+        for turns in ([("user", f"Is {word} a word?")], [("user", "Hi"), ("assistant", f"{word} is")]):
+            with pytest.raises(ValueError, match=f"takes {word} in a text for a special token"):
+                processor.chat(turns)
+    assert processor.chat([("user", "Is star a word?")])["input_ids"].shape[0] == 1
+    processor = changed(tmp_path, "llava", "llama", special=False)
+    words = processor.tokenizer.encode("A small blue")
+    assert processor.decode([1, *words, 2, 639, 639]) == "A small blue"
+    assert "".join(turn.as_text(processor.tokenizer, [*words, 2])) == "A small blue"
+
+
+def test_a_word_that_ends_an_answer_can_be_typed_and_is_shown(tmp_path):
+    """The config may end an answer at a line break; and a word that was added is no special token."""
+    processor = changed(tmp_path, "llava", "llama", ["star", "[x]"], special=False)
+    tokenizer = processor.tokenizer
+    tokenizer.control = set()
+    (word,) = tokenizer.encode_pieces(["blue"])
+    processor.config.eos_token_id = [2, word]
+    tokenizer.control = forms.control(processor)
+    ids = tokenizer.encode("blue star [x]")
+    assert {word, 640, 641} & {*ids} == {word, 640, 641} and not tokenizer.control & {word, 640, 641}
+    assert tokenizer.decode([*ids, 2]) == AutoTokenizer.from_pretrained(tmp_path).decode(ids)
+    assert word in tokenizer.encode_pieces(["blue"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is no conversation
+
+
+@pytest.mark.parametrize("turns", ["What?", [], None, [("user",)], ["What?"], [("user", "a", 1, 2)], {"user": "What?"}])
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_what_is_no_conversation_is_said_with_what_one_is(tmp_path, kind, turns):
+    with pytest.raises(ValueError, match=r"a conversation is a list of \(role, words\).*and not") as caught:
+        changed(tmp_path, kind, "llama").chat(turns)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, None, -1, [1]], ids=repr)
+def test_a_number_of_pictures_that_is_none_is_named(tmp_path, number):
+    with pytest.raises(ValueError, match="the number of a turn's pictures is"):
+        changed(tmp_path, "llava", "llama").chat([("user", "What?", number)], Image.new("RGB", (30, 30)))

@@ -42,13 +42,14 @@ def test_small_is_found_once_it_is_put_together(tmp_path, monkeypatch):
     assert extras.hub.find("small") == tmp_path / "model"
 
 
-NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"}
+BESIDE = {"tokenizer_config.json": b"{}", "special_tokens_map.json": b"{ }", "added_tokens.json": b"{\n}"}
+NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", *BESIDE}
 LURES = {  # what a repository also holds, and nobody needs
     "README.md": b"# A model", ".gitattributes": b"", "pytorch_model.bin": b"pickled", "training_args.bin": b"pickled",
-    "images/view.jpg": b"picture", "tokenizer.model": b"pieces", "tokenizer_config.json": b"{}",
+    "images/view.jpg": b"picture", "tokenizer.model": b"pieces",
     "optimizer.pt": b"pickled",
     "adapter_model.safetensors": b"another", "onnx/model.safetensors": b"another", "model.fp32.safetensors": b"another",
-    "special_tokens_map.json": b"{}", "chat_template.json": b"{}", "model-of-another.safetensors": b"another",
+    "chat_template.json": b"{}", "model-of-another.safetensors": b"another",
 }  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def hub():
 def files(checkpoints):
     """A checkpoint as a repository holds it: in one file, among others."""
     folder = checkpoints["llama"]
-    return {**LURES, **{file.name: file.read_bytes() for file in folder.iterdir()}}
+    return {**LURES, **BESIDE, **{file.name: file.read_bytes() for file in folder.iterdir()}}
 
 
 NURSERY = """
