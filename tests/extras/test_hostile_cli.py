@@ -468,9 +468,11 @@ def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(run, base, handler, sta
 
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment():
-    """From the first line of llava.py to the end of the answer, which takes two seconds."""
+    """From the first line of extras/cli.py's `program` to the end of the answer, which takes two seconds."""
     for step in range(16):
         status, err = interrupted(0.1 + step / 8)
+        if "in program" not in err and err.startswith("Traceback") and "\nKeyboardInterrupt" in err:
+            continue  # a busy machine: Python has not come so far yet
         assert "Traceback" not in err and "Exception" not in err
         # once the answer is there and Python takes itself down, it has no handlers any more: a shell calls that 130,
         # too
