@@ -368,7 +368,7 @@ def test_a_number_that_is_null_is_the_class_default(copy, name):
     plain = theirs(copy.folder, image)
     copy.config("preprocessor_config.json", **{name: None}).write()
     assert torch.equal(ours(copy.folder, image), plain)
-    with pytest.raises(ValueError, match="must (both )?be specified"):
+    with pytest.raises(ValueError, match=r"must (both )?be specified"):
         theirs(copy.folder, image)
 
 

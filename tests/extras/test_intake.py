@@ -418,6 +418,7 @@ ODD = {  # file → (its bytes, whether it says that the picture lies on its sid
     "a TIFF, numbers that begin beyond the end": (tiff(40, 20, (274, 3, 1, 6), (269, 9, 100, 99999)), True),
     "a TIFF, a directory of tags beyond the end": (tiff(40, 20, (274, 3, 1, 6), (34853, 6, 3, 2**32 - 1)), True),
     "a TIFF, XMP that is no text": (tiff(40, 20, (274, 3, 1, 6), (700, 10, 5, 1)), True),
+    "a WEBP, tags that are none": (encoded(picture(40, 20), "WEBP", lossless=True, exif=b"x" * 30), False),
     "a TIFF, XMP that is no text, and no orientation": (tiff(40, 20, (700, 2, 3, 8)), False),
     "a TIFF of a Macintosh, a text without an end": (
         tiff(40, 20, (274, 3, 1, 6), (305, 2, 10**6, 8), order=">"), True),
@@ -437,9 +438,11 @@ def test_what_is_not_the_picture_may_be_broken(file):
 
 FAR = exif((0x010F, 2, 400, 99999))  # a text that begins beyond the end
 LIES = {  # files that lie on their side, of whose tags Pillow warns
-    "JPEG": jpeg_with(exif=FAR), "JPEG, the broken tag in front": jpeg_with(exif=FAR[:16] + FAR[28:40] + FAR[16:28] + FAR[40:]),
+    "JPEG": jpeg_with(exif=FAR),
+    "JPEG, the broken tag in front": jpeg_with(exif=FAR[:16] + FAR[28:40] + FAR[16:28] + FAR[40:]),
     "JPEG, cut behind the orientation": jpeg_with(exif=FAR[:35]),
-    "PNG": png_with(png_chunk(b"eXIf", FAR[6:])), "WEBP": encoded(picture(40, 20), "WEBP", lossless=True, exif=FAR[6:]),
+    "PNG": png_with(png_chunk(b"eXIf", FAR[6:])),
+    "WEBP": encoded(picture(40, 20), "WEBP", lossless=True, exif=FAR[6:]),
     "TIFF": tiff(40, 20, (274, 3, 1, 6), (271, 2, 400, 99999)),
 }  # fmt: skip
 
