@@ -198,10 +198,11 @@ def kind_of(cls, values):
 
 
 def rope(text, where):
-    """A text_config with its rotary fields, which have an old and a new place, as TextConfig has them."""
-    scaling = (text.pop("rope_scaling", None) or {}) | (text.pop("rope_parameters", None) or {})
-    kinds = [kind for name in ("rope_type", "type") if (kind := scaling.pop(name, None)) is not None]
-    kind = next((kind for kind in kinds if kind not in list(ROPES)), [*kinds, "default"][0])
+    """A text_config, its rotary fields as TextConfig has them: the old place, unless empty, counts whole and alone."""
+    old, new = text.pop("rope_scaling", None), text.pop("rope_parameters", None)
+    scaling = {**(old or new or {})}
+    kinds = [scaling.pop(name, None) for name in ("rope_type", "type")]
+    kind = kinds[0] or kinds[1] or "default"
     if kind not in list(ROPES):
         raise ValueError(f"{where}: text_config.rope_scaling is {kind!r}; supported: {', '.join(ROPES)}")
     numbers = [scaling.pop(name, None) for name in ROPES[kind]]
@@ -211,6 +212,7 @@ def rope(text, where):
 
 
 STEPS = {step: True for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")}
+OFF = {"do_resize", "do_rescale", "do_normalize", "do_center_crop"}  # null is false here, and elsewhere as if absent
 CROPS = {"size": 224, "crop_size": 224, "do_center_crop": True, "do_pad": None}
 SQUASHES = CROPS | {"crop_size": None, "do_center_crop": False}
 PICTURES = {  # how image_processor_type begins → what its class has by default; do_pad stands for padding to a square
@@ -236,10 +238,8 @@ def read_preprocess_config(folder, preprocess_config, tower):
     name = values.get("image_processor_type") or values.get("feature_extractor_type") or "LlavaImageProcessor"
     kind = next((kind for kind in PICTURES if str(name).startswith(kind)), None)
     if kind is None:
-        raise ValueError(
-            f"{where}: image_processor_type is {name!r}; only those of CLIP, SigLIP and LLaVA are supported"
-        )
-    given = {name: value for name, value in values.items() if value is not None}
+        raise ValueError(f"{where}: image_processor_type is {name!r}; supported: those of CLIP, SigLIP and LLaVA")
+    given = {name: value is not None and value for name, value in values.items() if value is not None or name in OFF}
     values, pads = PICTURES[kind] | given, PICTURES[kind]["do_pad"]
     values["do_pad"] = pads is False and values["do_pad"]  # the others never pad to a square, whatever they say
     size, crop = values["size"], values["crop_size"]

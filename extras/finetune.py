@@ -281,7 +281,7 @@ def run(options):
     )
     right = [kept_back.right(asked, said) for said in (before[2], after[2], other)]
     print(kept_back.verdict(len(asked), *right, kept_back.pictures(asked)))
-    print(f"each answer: {out / KEPT}")
+    print(f"each answer is in {KEPT}, beside the checkpoint")
 
 
 def make_parser():

@@ -27,6 +27,7 @@ def find(model, revision=None):
 
     Raises OSError with a complete message.
     """
+    model = str(model)  # of a path
     if model in OWN:
         folder = Path(__file__).resolve().parent.parent / OWN[model]
         if not folder.is_dir():
@@ -40,7 +41,7 @@ def find(model, revision=None):
             other_formats.without_weights(file.parent, [file.name], file.parent)
             or f"{model} is a file: give the folder that holds it, with its config.json"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(model)):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         raise OSError(
             f"there is no model folder {model}: give a folder, a Hub id such as llava-hf/llava-1.5-7b-hf, or tiny"
         )
@@ -58,6 +59,7 @@ def complete(model, folder, fits=lambda size: None):
     fits: called with the size of the files in bytes, None if the Hub does not tell it, before anything is downloaded:
     it raises what keeps the model from being used here. Raises ValueError or OSError with a complete message.
     """
+    model = str(model)
     if model not in OWN and not Path(model).is_dir():
         sharded = not (folder / SINGLE).exists() and (folder / INDEX).exists()
         download(model, folder, [file.name for file in checks.shards(folder)] if sharded else [SINGLE], fits)

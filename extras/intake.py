@@ -194,9 +194,14 @@ def bare_jpeg(data, used):
     while data[at] == 0xFF and data[at + 1] != 0xDA:  # up to the pixels
         marker, name = data[at + 1], data[at + 4 : at + 8]
         size = struct.unpack(">H", data[at + 2 : at + 4])[0] + 2
+        segment = data[at : at + size]
+        if name == b"Exif":
+            with contextlib.suppress(KeyError, struct.error):
+                tags = vision.only_orientation(segment[4:])
+                segment = segment[:2] + struct.pack(">H", len(tags) + 2) + tags
         unused = 0xE1 <= marker <= 0xEF or marker == 0xFE
         if not unused or ((marker, name) in JPEG_USED and (used or marker == 0xEE)):
-            out.append(data[at : at + size])
+            out.append(segment)
         at += size
     return b"".join([*out, data[at:]])
 

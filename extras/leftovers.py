@@ -5,8 +5,9 @@ published files hold and refuses the rest, as it might change what should be com
 not, by program and by place, each with the line of that program that writes it. transformers 5.23 computes the same
 logits with all of them: the test compares. Nothing is here because it looks harmless.
 
-Three more kinds are taken: a field of one place that stands again in another and says the same; a value that means the
-default; a quantization_config in which everything is switched off.
+Four more kinds are taken: a field of one place that stands again in another and says the same; a value that means the
+default; what is said about positions, in any of its spellings; a quantization_config in which everything is switched
+off.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ PROGRAMS = {  # program → place → fields
         TOWER: {"unsloth_version", "unsloth_fixed", "unsloth_optimized"},
     },
     "axolotl": {TOP: {"num_labels"}},  # core/builders/causal.py:443
-    "xtuner": {TEXT: {"original_max_position_embeddings"}},  # convert_phi_to_llama.py:26 leaves Phi-3's
+    "xtuner": {TEXT: {"original_max_position_embeddings"}},  # convert_phi_to_llama.py:26 leaves Phi-3's; see rope
     "nanotron": {  # config/models_config.py: LlamaConfig.is_llama_config, as in SmolLM2
         TOP: {"is_llama_config"},
         TEXT: {"is_llama_config"},
@@ -88,6 +89,7 @@ def clean(values, where):
     where: the file's name, for messages.
     """
     parts = {TOP: {**values}, TEXT: {**(values.get(TEXT) or {})}, TOWER: {**(values.get(TOWER) or {})}}
+    settle_rope(parts[TEXT])
     for place, part in parts.items():
         for name in leftover(place) & {*part}:
             del part[name]
@@ -117,8 +119,6 @@ def is_off(quantization):
 
 def drop_defaults(text):
     """Take out of a text_config, in place, what only says that the default holds."""
-    if text.get("partial_rotary_factor") == 1:  # all of a head is rotated
-        del text["partial_rotary_factor"]
     if text.get("hidden_act") == "swish":  # another name of the same function
         text["hidden_act"] = "silu"
     default = weights.kind_of(llama.TextConfig, text).get("sliding_window")  # None of a kind that has no window
@@ -126,14 +126,44 @@ def drop_defaults(text):
     layers = text.get("layer_types")  # which layers see a window: there is one rule for all of them here
     if isinstance(layers, list) and all(kind == ("sliding" if windowed else "full") + "_attention" for kind in layers):
         del text["layer_types"]
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = text.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type"))
-        if kind == "default" or (kind == "linear" and rope.get("factor") == 1):
-            # of what stands beside it only these mean anything
-            text[name] = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-            if text[name].get("partial_rotary_factor") == 1:
-                del text[name]["partial_rotary_factor"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Positions, which have an old place and a new one, several spellings, and fields beside them
+
+PLACES = ("rope_scaling", "rope_parameters")
+
+
+def rope(text):
+    """What a text_config says about positions, as the reference reads it (convert_rope_params_to_dict) → one dict, in
+    which two that mean the same are equal. Of the old place and the new the old one, unless empty, counts whole and
+    alone; what it lacks stands beside it, or is the default.
+    """
+    given = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    full = filled(llama.TextConfig, weights.kind_of(llama.TextConfig, text) | text)
+    beside = {"rope_theta": full["rope_theta"], "partial_rotary_factor": text.get("partial_rotary_factor")}
+    meant = beside | {name: value for name, value in given.items() if value is not None}
+    kind = meant.pop("type", None)
+    kind = meant.setdefault("rope_type", kind or "default")
+    if kind == "default" or (kind == "linear" and meant.get("factor") == 1):
+        # of what stands beside it only these mean anything
+        meant = {"rope_type": "default"} | {name: meant[name] for name in beside}
+    if kind == "llama3":
+        name = "original_max_position_embeddings"  # the one beside it goes before the one in it
+        meant[name] = text.get(name) or meant.get(name, full["max_position_embeddings"])
+    if meant["partial_rotary_factor"] in (None, 1):  # all of a head is rotated
+        del meant["partial_rotary_factor"]
+    return meant
+
+
+def settle_rope(text):
+    """Put what `rope` says in the place of all that a text_config says about positions."""
+    meant = rope(text)
+    for name in (*PLACES, "partial_rotary_factor"):
+        text.pop(name, None)
+    text["rope_theta"] = meant.pop("rope_theta")
+    known = {name: meant.pop(name) for name in ("rope_type", *weights.ROPES["llama3"]) if name in meant}
+    text |= {"rope_scaling": known} | {f"rope_scaling.{name}": value for name, value in meant.items()}  # to be refused
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -148,14 +178,18 @@ def drop_copies(parts, where):
     for alias, name in weights.ALIASES.items():  # two names of one field
         if alias in top and top.get(name, top[alias]) != top[alias]:
             raise ValueError(f"{where}: {name} is {top[name]!r}, and {alias} {top[alias]!r}: make them the same")
-    rope = (text.get("rope_scaling") or {}) | (text.get("rope_parameters") or {})
+    for name in PLACES:
+        copy = top.pop(name, None)
+        if copy and not (isinstance(copy, dict) and rope(text | {"rope_scaling": copy}) == rope(text)):
+            raise ValueError(f"{where}: {name} is {copy!r} {at(TOP)}, and {rope(text)} {at(TEXT)}: make them the same")
     seen = weights.kind_of(vision.VisionConfig, tower) | (tower or weights.PUBLISHED_TOWER)
     meant = {
         TOP: filled(llava.LlavaConfig, {weights.ALIASES.get(name, name): value for name, value in top.items()}),
-        TEXT: filled(llama.TextConfig, weights.kind_of(llama.TextConfig, text) | text | rope) | weights.TEXT_FIXED,
+        TEXT: filled(llama.TextConfig, weights.kind_of(llama.TextConfig, text) | text) | weights.TEXT_FIXED,
         TOWER: filled(vision.VisionConfig, seen),
     }
     meant[TOP] = {name: value for name, value in meant[TOP].items() if name not in (TEXT, TOWER)}
+    meant[TEXT]["partial_rotary_factor"] = 1.0  # another one is refused
     meant[TOP] |= {"image_token_id": meant[TOP]["image_token_index"], "projector_hidden_act": "gelu"}
     for place, part in parts.items():
         homes = [TEXT, TOWER] if place == TOP else [TOP]

@@ -1,16 +1,21 @@
-"""How much memory this process may take: of the machine, of its control groups (a container's limit), by ulimit -v.
+"""How much memory this process may take: of the machine, of its control groups (a container's limit), by ulimit.
 
 A process that takes more is killed without a word, or fails somewhere in the middle. Linux tells all of it in files.
 """
 
+import itertools
 import os
 import re
 from pathlib import Path
 
-MACHINE, GROUP, ULIMIT = "this machine", "its control group, as a container has one", "ulimit -v"
-GROUPS = {  # version of control groups → where they are found, and the file of the limit
-    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-    2: ("sys/fs/cgroup", "memory.max"),
+MACHINE, GROUP = "this machine", "its control group, as a container has one"
+ULIMITS = {  # by ulimit: its line of proc/self/limits, and that of proc/self/status with what is taken of it already
+    "ulimit -v": ("Max address space", "VmSize"),
+    "ulimit -d": ("Max data size", "VmData"),
+}  # Linux ignores the one of resident memory, ulimit -m
+GROUPS = {  # version of control groups → where they are found, and the files of limits: of what kills, what slows down
+    1: ("sys/fs/cgroup/memory", ["memory.limit_in_bytes"]),
+    2: ("sys/fs/cgroup", ["memory.max", "memory.high"]),
 }
 
 
@@ -24,11 +29,11 @@ def limit(processes=1, root="/"):
     if hasattr(os, "sysconf"):
         limits.append((os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes, MACHINE))
     limits += [(size // processes, GROUP) for size in group_limits(root)]
-    most = re.search(r"^Max address space +(\d+)", text(root, "proc/self/limits"), re.M)
-    if most:  # what is mapped already counts, too: with torch alone more than half a gigabyte
-        pages = text(root, "proc/self/statm").split()
-        taken = int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
-        limits.append((max(0, int(most[1]) - taken), ULIMIT))
+    for whose, (line, of_it) in ULIMITS.items():
+        most = re.search(rf"^{line} +(\d+)", text(root, "proc/self/limits"), re.M)
+        if most:  # what is mapped already counts, too: with torch alone more than half a gigabyte
+            taken = re.search(rf"^{of_it}:\s+(\d+) kB", text(root, "proc/self/status"), re.M)
+            limits.append((max(0, int(most[1]) - 1024 * int(taken[1] if taken else 0)), whose))
     return min(limits, default=None)
 
 
@@ -38,10 +43,10 @@ def group_limits(root):
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number != "0" and "memory" not in controllers.split(","):
             continue
-        top, file = GROUPS[2 if number == "0" else 1]
+        top, files = GROUPS[2 if number == "0" else 1]
         own = Path(path.strip("/"))
         # a container sees its group as the root, while the path may be the one outside: it then leads nowhere
-        for folder in {own, *own.parents, Path()}:
+        for folder, file in itertools.product({own, *own.parents, Path()}, files):
             number = text(root, f"{top}/{folder}/{file}").strip()
             if number.isdigit():  # "max" where there is none
                 yield int(number)

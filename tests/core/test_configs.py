@@ -16,6 +16,7 @@ import extras.hub
 import extras.speed  # noqa: F401 (load imports them, and to do so takes calls that are not to be counted)
 import llava
 import vision
+import weights
 
 
 def test_the_published_configs_are_filled_from_the_class_defaults(tmp_path):
@@ -189,11 +190,33 @@ def test_a_config_that_transformers_4_38_saved_in_full_loads(copy, checkpoints):
     assert same(load(copy.write()), load(checkpoints["llama"]))
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
 def test_rope_theta_is_found_in_its_old_and_its_new_place(copy):
     new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": ...}
     for place in ({"rope_theta": 5e5, "rope_parameters": ...}, new):
         copy.config(text_config=place)
         assert configs(copy.folder)[0].text_config.rope_theta == 5e5
+
+
+@pytest.mark.parametrize("old, new, expected", [
+    ({"type": "default"}, {"rope_type": "llama3", "rope_theta": 5e5}, (1e4, None)),
+    ({"rope_type": "default", "rope_theta": 2e4}, {"rope_type": "default", "rope_theta": 5e5}, (2e4, None)),
+    (LLAMA3 | {"factor": 2.0}, LLAMA3 | {"rope_theta": 5e5}, (1e4, [2.0, 1.0, 4.0, 64])),
+    ({}, LLAMA3 | {"rope_theta": 5e5}, (5e5, [8.0, 1.0, 4.0, 64])),
+])  # fmt: skip
+def test_the_old_place_of_a_scaling_counts_alone_unless_it_is_empty(copy, old, new, expected):
+    """As in transformers' config: rope_scaling or rope_parameters."""
+    copy.config(text_config={"rope_scaling": old, "rope_parameters": new})
+    text = configs(copy.folder)[0].text_config
+    assert (text.rope_theta, text.rope_scaling) == expected
+    theirs = load_reference(copy.write()).config.text_config.rope_parameters
+    numbers = [theirs[name] for name in weights.ROPES[theirs["rope_type"]]]
+    assert (theirs["rope_theta"], numbers or None) == expected
 
 
 @pytest.mark.parametrize("ids", [7, [7, 9]])
@@ -314,6 +337,40 @@ def test_the_nested_numbers_count_and_not_the_older_file(copy, changes):
     folder = nest(copy, PREPROCESSOR | changes)
     copy.config("preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
     assert torch.equal(ours(folder, picture(40, 30)), theirs(folder, picture(40, 30)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor"])
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"])
+def test_a_step_that_is_null_is_off(copy, step, kind, nested):
+    """As in the reference: it is refused where a false is, and the pixels are the reference's where it is not. SigLIP's
+    published files have do_convert_rgb null.
+    """
+    edge = {"height": 28, "width": 28}
+    whole = {"size": edge, "do_center_crop": False} if kind.startswith("Siglip") else {}
+    numbers = PREPROCESSOR | {"image_processor_type": kind} | whole | {step: None}
+    image = picture(50, 30)
+
+    def write(numbers):
+        return nest(copy, numbers) if nested else copy.config("preprocessor_config.json", **numbers).write()
+
+    if step == "do_convert_rgb" or (step == "do_center_crop" and whole):
+        assert torch.equal(ours(write(numbers), image), theirs(copy.folder, image))
+        return
+    assert f"{step} is False" in refusal(write(numbers))
+    null, off, on = (theirs(write(numbers | {step: value}), image) for value in (None, False, True))
+    assert torch.equal(null, off) and not (null.shape == on.shape and torch.equal(null, on))
+
+
+@pytest.mark.parametrize("name", ["image_mean", "image_std", "rescale_factor", "resample"])
+def test_a_number_that_is_null_is_the_class_default(copy, name):
+    """The reference fails over it."""
+    image = picture(50, 30)
+    plain = theirs(copy.folder, image)
+    copy.config("preprocessor_config.json", **{name: None}).write()
+    assert torch.equal(ours(copy.folder, image), plain)
+    with pytest.raises(ValueError, match=r"must (both )?be specified"):
+        theirs(copy.folder, image)
 
 
 @pytest.mark.parametrize("nested", [{"image_mean": [0.5] * 3}, {}, {"size": {"shortest_edge": 28}}])

@@ -466,7 +466,7 @@ def test_what_the_machine_lacks_is_said_in_one_sentence(ask, monkeypatch, lack):
 def test_memory_that_is_limited_is_said_with_the_limit(ask, monkeypatch):
     full = RuntimeError("unable to mmap 4992933400 bytes from file <m.safetensors>: Cannot allocate memory (12)")
     monkeypatch.setattr(llava, "load", raising(full))
-    monkeypatch.setattr(memory, "limit", lambda: (7_500_000_000, memory.ULIMIT))
+    monkeypatch.setattr(memory, "limit", lambda: (7_500_000_000, "ulimit -v"))
     assert is_one_line(ask("--prompt", "Hi"), r"too little memory \(7\.5 GB by ulimit -v\): try .*--model tiny")
     for unknown in (None, (7_500_000_000, memory.MACHINE)):
         monkeypatch.setattr(memory, "limit", lambda unknown=unknown: unknown)

@@ -543,6 +543,14 @@ def test_a_model_that_is_neither_a_folder_nor_a_hub_id_is_refused(name):
     assert "there is no model folder" in refusal(name) or name == ""
 
 
+@pytest.mark.parametrize("name", ["nowhere/x", "nowhere/x/y", "no-such-folder", "a.gguf"])
+def test_a_path_is_looked_for_as_its_name_is(name):
+    """Path("nowhere/x") could be a Hub id, and is one here."""
+    with pytest.raises((OSError, ValueError)) as caught:
+        llava.load(Path(name))
+    assert str(caught.value) == refusal(name) and name in refusal(name)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Not more than is needed
 

@@ -418,6 +418,7 @@ ODD = {  # file → (its bytes, whether it says that the picture lies on its sid
     "a TIFF, numbers that begin beyond the end": (tiff(40, 20, (274, 3, 1, 6), (269, 9, 100, 99999)), True),
     "a TIFF, a directory of tags beyond the end": (tiff(40, 20, (274, 3, 1, 6), (34853, 6, 3, 2**32 - 1)), True),
     "a TIFF, XMP that is no text": (tiff(40, 20, (274, 3, 1, 6), (700, 10, 5, 1)), True),
+    "a WEBP, tags that are none": (encoded(picture(40, 20), "WEBP", lossless=True, exif=b"x" * 30), False),
     "a TIFF, XMP that is no text, and no orientation": (tiff(40, 20, (700, 2, 3, 8)), False),
     "a TIFF of a Macintosh, a text without an end": (
         tiff(40, 20, (274, 3, 1, 6), (305, 2, 10**6, 8), order=">"), True),
@@ -433,6 +434,37 @@ def test_what_is_not_the_picture_may_be_broken(file):
     expected = pixels(Image.open(io.BytesIO(SOUND[file.split(",")[0].split()[1]])).convert("RGB"))
     found = pixels(intake.open_image(io.BytesIO(data)))
     assert (found == (np.rot90(expected, -1) if turned else expected)).all()
+
+
+FAR = exif((0x010F, 2, 400, 99999))  # a text that begins beyond the end
+LIES = {  # files that lie on their side, of whose tags Pillow warns
+    "JPEG": jpeg_with(exif=FAR),
+    "JPEG, the broken tag in front": jpeg_with(exif=FAR[:16] + FAR[28:40] + FAR[16:28] + FAR[40:]),
+    "JPEG, cut behind the orientation": jpeg_with(exif=FAR[:35]),
+    "PNG": png_with(png_chunk(b"eXIf", FAR[6:])),
+    "WEBP": encoded(picture(40, 20), "WEBP", lossless=True, exif=FAR[6:]),
+    "TIFF": tiff(40, 20, (274, 3, 1, 6), (271, 2, 400, 99999)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", ["ignore", "error"])
+@pytest.mark.parametrize("file", LIES)
+def test_which_way_is_up_does_not_depend_on_the_filters_of_warnings(file, action):
+    """As python -W error sets them; transformers' load_image turns them all where warnings are none."""
+    from transformers.image_utils import load_image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        assert intake.open_image(io.BytesIO(LIES[file])).size == (20, 40)
+        if action == "ignore" and file != "TIFF":  # that one Pillow cannot open with the broken tag in it
+            assert load_image(Image.open(io.BytesIO(LIES[file]))).size == (20, 40)
+
+
+@pytest.mark.parametrize("file", [file for file, (_, turned) in ODD.items() if turned])
+def test_what_is_odd_is_turned_though_warnings_are_errors(file):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        test_what_is_not_the_picture_may_be_broken(file)
 
 
 @pytest.mark.parametrize("name", [b"IHDR", b"tRNS", b"PLTE"])

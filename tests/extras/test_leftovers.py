@@ -197,6 +197,78 @@ def test_a_value_that_means_something_else_is_refused(copy, text, words):
     assert words in refusal(copy.config(text_config=text).folder)
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+OLD_AND_NEW = [  # rope_scaling, rope_parameters
+    ({"type": "default"}, LLAMA3 | ROPE),
+    ({"rope_type": "default", "factor": 4.0}, LLAMA3 | {"rope_theta": 500.0}),
+    (LLAMA3, {"rope_type": "default", "rope_theta": 5e5}),
+    (LLAMA3, LLAMA3 | {"factor": 2.0, "rope_theta": 77.0}),
+    ({"rope_type": "default", "rope_theta": 2e4}, {"rope_type": "default", "rope_theta": 5e5}),
+    ({"type": "linear", "factor": 1.0}, LLAMA3 | ROPE),
+    ({"rope_type": "default"}, {"rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}),
+    ({}, LLAMA3 | ROPE),
+    (None, LLAMA3 | {"rope_theta": 5e5}),
+]
+
+
+@pytest.mark.parametrize("beside", [{}, {"rope_theta": 3e4}])
+@pytest.mark.parametrize("old, new", OLD_AND_NEW)
+def test_the_old_place_counts_whole_and_alone_unless_it_is_empty(copy, old, new, beside):
+    check_the_same(copy.config(text_config={"rope_scaling": old, "rope_parameters": new} | beside))
+
+
+def check_the_same(copy):
+    """Our logits are transformers', to the last digits of float64."""
+    assert (logits(load(copy.write(), torch.float64)) - logits(load_reference(copy.folder))).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("text", [
+    {"rope_scaling": LLAMA3 | {"partial_rotary_factor": 1.0}, "rope_parameters": ...},
+    {"rope_parameters": LLAMA3 | ROPE | {"partial_rotary_factor": 1.0}},  # as transformers 5 writes it
+    {"rope_parameters": LLAMA3 | ROPE, "partial_rotary_factor": 1.0},
+    {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 0.5},  # the one inside counts
+    {"rope_parameters": LLAMA3 | ROPE | {"type": "yarn"}},
+    {"rope_parameters": ROPE | {name.removeprefix("rope_"): value for name, value in LLAMA3.items()}},
+])  # fmt: skip
+def test_a_scaling_is_read_in_each_of_its_spellings(copy, text):
+    check_the_same(copy.config(text_config=text))
+
+
+@pytest.mark.parametrize("inside, beside, length", [
+    ({}, {}, 512), ({}, {"max_position_embeddings": 64}, 64),  # of the context
+    ({}, {"original_max_position_embeddings": 64}, 64),
+    ({"original_max_position_embeddings": 64}, {"original_max_position_embeddings": 99}, 99),
+    ({"original_max_position_embeddings": 64}, {"max_position_embeddings": 99}, 64),
+])  # fmt: skip
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_the_length_that_was_trained_may_stand_beside_the_scaling(copy, place, inside, beside, length):
+    scaling = {name: value for name, value in LLAMA3.items() if not name.startswith("original")} | inside
+    check_the_same(copy.config(text_config={"rope_parameters": ..., "rope_theta": 1e4, place: scaling} | beside))
+    assert load(copy.folder).config.text_config.rope_scaling == [8.0, 1.0, 4.0, length]
+
+
+@pytest.mark.parametrize("inside", [ROPE | {"rope_type": "default"}, LLAMA3 | ROPE])
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+def test_a_copy_of_the_scaling_is_compared_by_what_it_means(copy, inside, place):
+    copy.config(text_config={"rope_parameters": inside})
+    alone = logits(load(copy.write(), torch.float64))
+    bare = {name: value for name, value in inside.items() if name != "rope_theta"}
+    for same in (inside, bare, bare | {"partial_rotary_factor": 1.0}, inside | {"rope_theta": 10000}, {}, None):
+        assert torch.equal(logits(load(copy.config(**{place: same}).folder, torch.float64)), alone)
+    for other in (inside | {"rope_theta": 5e5}, LLAMA3 | {"factor": 2.0}, {"type": "linear", "factor": 2.0}, "x", [1]):
+        message = refusal(copy.config(**{place: other}).folder)
+        assert f"{place} is {other!r} at the top, and {{'rope_" in message and "make them the same" in message
+
+
+def test_what_stands_in_a_scaling_does_not_take_the_place_of_another_field(copy):
+    """transformers does not read it there at all."""
+    message = refusal(copy.config(text_config={"rope_parameters": LLAMA3 | ROPE | {"rms_norm_eps": 0.5}}).folder)
+    assert "rope_scaling.rms_norm_eps = 0.5 is not known here" in message
+
+
 def test_a_default_rope_keeps_its_base(copy):
     copy.config(text_config={"rope_parameters": {"rope_type": "default", "factor": 4.0, "rope_theta": 500.0}})
     assert load(copy.write()).config.text_config.rope_theta == 500.0
