@@ -21,7 +21,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import anyres, other_formats
+from extras import anyres, beside, other_formats
 from extras.family import clean
 from extras.intake import open_image  # noqa: F401 (for llava.load)
 
@@ -45,11 +45,13 @@ class Tokenizer(llama.Tokenizer):
 
     Nobody must be able to type a special token: a prompt goes to a twin of the tokenizer that knows these tokens by
     secret spellings alone. To it, "</s>" is four letters.
-    text_config: of the model that it belongs to, which may have rows that stand for no token.
+    text_config: of the model that it belongs to, which may have rows that stand for no token. What lies beside the file
+    is kept in `beside`, to be passed on.
     """
 
     def __init__(self, file, text_config=None):
         self.file, self.text_config = small_file(file), text_config
+        self.beside = beside.read(file.parent)
         with named(file):
             super().__init__(file)
         self.twin = tokenizers.Tokenizer(self.bpe.model)  # one model for both
