@@ -31,9 +31,9 @@ def save(model, processor, folder):
             f"{folder} holds an adapter (adapter_config.json), whose base model transformers would load in place of "
             f"this one: name another folder"
         )
-    others = getattr(processor.tokenizer, "beside", {})  # a plain llama.Tokenizer has none
     try:
         config = plain(model)
+        others = getattr(processor.tokenizer, "beside", {})  # a plain llama.Tokenizer has none
         texts = small_files(config, processor.preprocess_config, processor.tokenizer.bpe, others, model.dtype)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"the configs of model and processor are not such as load gives them: {error!r}") from None
@@ -168,7 +168,7 @@ def small_files(config, preprocess_config, bpe, others, dtype):
     configs = json_files(config, preprocess_config, dtype) | processor_files(config, bpe, others)
     for name in beside.OBJECTS:
         given = {field: value for field, value in others.get(name, {}).items() if field not in REPLACED}
-        configs[name] = given | configs[name]
+        configs[name] = given | {field: value for field, value in configs[name].items() if value is not None}
     texts = {name: text for name, text in others.items() if name not in beside.OBJECTS}
     texts |= {name: as_json(values) for name, values in configs.items()}
     return texts | {"tokenizer.json": bpe.to_str(pretty=True)}
@@ -221,7 +221,7 @@ def processor_files(config, bpe, others):
     """What transformers' AutoProcessor needs besides: {file name: JSON object}. There is no image_processor in
     processor_config.json: it would count in place of preprocessor_config.json, which older versions read.
 
-    others: as in small_files. A token or a side that they name is left to them.
+    others: as in small_files. If they name tokens, it is left to them which, and which side is padded.
     """
     added = bpe.get_added_tokens_decoder()  # token_to_id would give some of these as they are after normalisation
 
@@ -241,18 +241,14 @@ def processor_files(config, bpe, others):
         patches = config.vision_config.image_size // config.vision_config.patch_size
         processor |= {"num_image_tokens": patches**2, "vision_aspect_ratio": config.vision_aspect_ratio}
         processor |= {"video_token": token(config.video_token_index)}
-    tokens = {
-        **kind,
-        "image_token": processor["image_token"],
-        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that 4.x and 5.x both know
-    }
-    given = others.get("tokenizer_config.json", {})
+    tokens = {**kind, "tokenizer_class": "PreTrainedTokenizerFast"}  # the name that 4.x and 5.x both know
     ids = {"bos": config.text_config.bos_token_id, "eos": [*config.eos_token_ids, None][0], "pad": config.padding}
-    for name, i in ids.items():
-        if given.get(f"{name}_token") is None and i is not None and token(i):
-            tokens[f"{name}_token"] = token(i)
-    if not {"tokenizer_config.json", "special_tokens_map.json"} & others.keys():  # 4.x would take spaces out of what
-        tokens |= {"padding_side": "left", "clean_up_tokenization_spaces": False}  # it decodes
+    names = {f"{name}_token": token(i) for name, i in ids.items() if i is not None and token(i)}
+    if not {"tokenizer_config.json", "special_tokens_map.json"} & others.keys():
+        tokens |= {**names, "image_token": processor["image_token"], "padding_side": "left"}
+        tokens |= {"clean_up_tokenization_spaces": False}  # 4.x would take spaces out of what it decodes
+    elif others.get("tokenizer_config.json", {}).get("pad_token") is None:  # without one, there are no batches
+        tokens |= {"pad_token": names.get("pad_token")}
     return {"processor_config.json": processor, "tokenizer_config.json": tokens}
 
 
