@@ -105,15 +105,15 @@ def read_back(texts, folder):
 
 def check_same(config, read, where):
     """Raise ValueError that names the first field of a dataclass which its file does not keep."""
-    meant, kept = (json.loads(json.dumps(dataclasses.asdict(x))) for x in (config, read))
-    for name, value in meant.items():
-        parts = {f"{name}.{key}": (value[key], kept[name].get(key)) for key in value} if name.endswith("_config") else {}
-        for field, (wanted, found) in (parts or {name: (value, kept[name])}).items():
-            if wanted != found:
-                raise ValueError(
-                    f"{where}: {field} is {wanted!r}, which a checkpoint of this kind cannot say: load would read "
-                    f"{found!r}, so nothing was written"
-                )
+    for name in [field.name for field in dataclasses.fields(config)]:
+        value, found = getattr(config, name), getattr(read, name)
+        if dataclasses.is_dataclass(value):
+            check_same(value, found, f"{where}: {name}")
+        elif json.loads(json.dumps(value)) != found:  # a tuple is a list by then
+            raise ValueError(
+                f"{where}: {name} is {value!r}, which a checkpoint of this kind cannot say: load would read {found!r}, "
+                f"so nothing was written"
+            )
 
 
 def check_tensors(model, config):

@@ -324,7 +324,8 @@ def test_a_saved_folder_names_tokens_and_pads_as_its_original_does(copy, tmp_pat
     files = {"tokenizer_config.json": tokens, "special_tokens_map.json": special}
     folder = Path(copy.config(pad_token_id=pad).write())
     (folder / "generation_config.json").unlink(missing_ok=True)
-    copy.config("processor_config.json", **json.loads((TINY / "processor_config.json").read_text()) | {"patch_size": PATCH})
+    like_tiny = json.loads((TINY / "processor_config.json").read_text())
+    copy.config("processor_config.json", **like_tiny | {"patch_size": PATCH})
     for name, values in files.items():
         (folder / name).unlink(missing_ok=True)
         if values is not None:
@@ -532,7 +533,7 @@ REFUSED = {  # what was done to model and processor → what is said; all but th
     "another activation": (fields(vision__hidden_act="relu"), "hidden_act is 'relu'"),
     "nan": (fields(text__rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
     "a window that a Llama has not": (fields(text__sliding_window=64), r"sliding_window is 64, .* would read None"),
-    "biases that a Llama has not": (fields(text__qkv_bias=True), r"text_config.qkv_bias is True, .* would read False"),
+    "biases that a Llama has not": (fields(text__qkv_bias=True), r"text_config: qkv_bias is True, .* would read False"),
     "no JSON": (fields(description=Path("x")), "are not such as load gives them: TypeError"),
     "no config of the text": (fields(text_config=None), "are not such as load gives them: TypeError"),
     "no tokenizer": (no_tokenizer, "are not such as load gives them: AttributeError"),
