@@ -231,7 +231,7 @@ def assemble(tower, language):
     with tempfile.TemporaryDirectory() as made:
         config, preprocess_config, rows = prepare(Path(made), tower_folder, text_folder)
         tokenizer = checks.Tokenizer(Path(made) / "tokenizer.json", config.text_config)
-    del tokenizer.file  # is gone
+    tokenizer.beside = {}  # what lies there is of the tower
     positions, most = (config.vision_config.image_size // config.vision_config.patch_size) ** 2, config.text_config
     if positions + NEEDED > most.max_position_embeddings:
         raise ValueError(

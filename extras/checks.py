@@ -18,7 +18,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import added_tokens, anyres, other_formats
+from extras import added_tokens, anyres, beside, other_formats
 from extras.family import clean
 from extras.intake import open_image  # noqa: F401 (for llava.load)
 
@@ -45,10 +45,12 @@ class Tokenizer(llama.Tokenizer):
     secret spellings alone. To it, "</s>" is four letters.
     text_config: of the model that it belongs to, which may have rows that stand for no token.
     control: the ids that no text may give and no answer shows. A Processor adds those that its model calls special.
+    beside: what lies beside the file, to be passed on.
     """
 
     def __init__(self, file, text_config=None):
         self.file, self.text_config = small_file(file), text_config
+        self.beside = beside.read(file.parent)
         with named(file):
             super().__init__(file)
         self.bpe.add_tokens(added_tokens.beside(file.parent, self.bpe.get_added_tokens_decoder(), read_json))

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from extras import added_tokens, checks, other_formats
+from extras import added_tokens, beside, checks, other_formats
 from extras.cli import notice
 from weights import INDEX, SINGLE
 
@@ -47,7 +47,8 @@ def find(model, revision=None):
         )
     from huggingface_hub import snapshot_download
 
-    wanted = [*CONFIGS, INDEX, other_formats.ADAPTERS[0]]  # the last one only to say whose adapter it is
+    # the last one only to say whose adapter it is
+    wanted = [*CONFIGS, *beside.OBJECTS, *beside.TEXTS, INDEX, other_formats.ADAPTERS[0]]
     with refusals(model, revision):
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
 

@@ -197,6 +197,13 @@ def test_rows_to_spare_are_used_and_a_pad_token_of_its_own_stays(parts, tmp_path
     assert model.llama.head.weight is model.llama.embed.weight
 
 
+def test_what_was_assembled_prepares_a_prompt_before_it_is_saved(parts):
+    """Nothing of the language model's names and templates is passed on: they are not LLaVA's."""
+    _, processor = assemble.assemble(str(parts["CLIPModel"]), str(parts["Llama"]))
+    assert processor.tokenizer.beside == {}
+    assert processor.decode(processor("a dog")["input_ids"][0].tolist()) == "a dog"
+
+
 def test_a_pad_of_minus_one_is_none(parts, tmp_path):
     shutil.copytree(parts["Llama"], tmp_path / "text")
     change(tmp_path / "text", pad_token_id=-1)

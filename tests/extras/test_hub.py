@@ -22,6 +22,7 @@ import torch
 from checkpoints import Checkpoint, refusal
 from reference import ROOT, TINY
 
+import extras.beside
 import extras.hub
 import llava
 
@@ -46,10 +47,10 @@ BESIDE = {"tokenizer_config.json": b"{}", "special_tokens_map.json": b"{ }", "ad
 NEEDED = {"config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", *BESIDE}
 LURES = {  # what a repository also holds, and nobody needs
     "README.md": b"# A model", ".gitattributes": b"", "pytorch_model.bin": b"pickled", "training_args.bin": b"pickled",
-    "images/view.jpg": b"picture", "tokenizer.model": b"pieces",
+    "images/view.jpg": b"picture", "tokenizer.model": b"pieces", "chat_template.txt": b"of another",
     "optimizer.pt": b"pickled",
     "adapter_model.safetensors": b"another", "onnx/model.safetensors": b"another", "model.fp32.safetensors": b"another",
-    "chat_template.json": b"{}", "model-of-another.safetensors": b"another",
+    "model-of-another.safetensors": b"another", "old/chat_template.jinja": b"of another",
 }  # fmt: skip
 
 
@@ -515,6 +516,19 @@ def test_a_repository_of_something_else_is_named_before_anything_large(hub, ask,
     assert "team/gguf holds its weights only as llava-v1.5-7b-Q4_K.gguf: GGUF" in said["gguf"]
     assert "team/mlx holds its weights only as weights.npz: MLX" in said["mlx"] and "--quantize" in said["mlx"]
     assert not [file for file in hub.asked() if file.endswith((".safetensors", ".gguf", ".npz"))]
+
+
+@pytest.mark.slow
+def test_what_is_passed_on_when_it_is_saved_is_downloaded_too(hub, ask, files, tmp_path):
+    tokens = {"pad_token": "<pad>", "chat_template": "Hi"}
+    others = {name: b"{}" for name in extras.beside.TEXTS if "*" not in name}
+    others |= {"tokenizer_config.json": json.dumps(tokens).encode(), "additional_chat_templates/rag.jinja": b"R"}
+    hub.add("team/model", files | others)
+    ((kind, folder),) = ask(hub, tmp_path, ("find", "team/model"))
+    found = extras.beside.read(Path(folder))
+    assert kind == "ok" and {*others} <= found.keys()
+    assert found["tokenizer_config.json"] == tokens and found["additional_chat_templates/rag.jinja"] == "R"
+    assert downloaded(tmp_path) == NEEDED | {"model.safetensors"} | {Path(name).name for name in others}
 
 
 def until(condition, seconds=200):

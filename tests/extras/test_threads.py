@@ -14,7 +14,7 @@ from reference import ROOT
 import llava
 from extras import threads
 
-pytestmark = pytest.mark.skipif(threads.SET_OPENMP is None, reason="OpenMP cannot be asked here")
+pytestmark = pytest.mark.skipif(threads.SET_OPENMP is torch.set_num_threads, reason="OpenMP cannot be asked here")
 
 
 @pytest.fixture
