@@ -22,7 +22,6 @@ Notebook: notebooks/2_the_eye.ipynb. Next file: llama.py.
 """
 
 import contextlib
-import struct
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -66,21 +65,8 @@ def upright(image):
     """
     turn = None
     with contextlib.suppress(Exception):
-        if "exif" in image.info:
-            image.info["exif"] = only_orientation(image.info["exif"])
         turn = TURNS.get(image.getexif().get(0x0112))
     return image if turn is None else image.transpose(turn)
-
-
-def only_orientation(exif):
-    """EXIF tags, a TIFF in bytes, without all others: Pillow warns of broken ones, and a warning may be an error."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
-    (start,) = struct.unpack_from(order + "I", tiff, 4)
-    (count,) = struct.unpack_from(order + "H", tiff, start)
-    entries = (tiff[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12))
-    kept = [entry for entry in entries if len(entry) == 12 and struct.unpack_from(order + "H", entry) == (0x0112,)]
-    return b"Exif\0\0" + tiff[:4] + struct.pack(order + "IH", 8, len(kept)) + b"".join(kept) + bytes(4)
 
 
 def to_rgb(image):

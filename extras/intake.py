@@ -98,9 +98,31 @@ def decode(stream, head):
         if image.format == "TIFF":
             note = look_for_preview(image, head) or note
         if has_empty_alpha(image):
-            return vision.upright(image).convert("RGB"), note
+            return upright(image).convert("RGB"), note
     stream.seek(start)
-    return vision.open_image(stream, FORMATS), note
+    with Image.open(stream, formats=FORMATS) as image:  # as vision.open_image does
+        image.load()
+        return vision.to_rgb(upright(image)), note
+
+
+def upright(image):
+    """vision.upright, of a picture without its other tags: Pillow warns of broken ones, and a warning may be an
+    error.
+    """
+    with contextlib.suppress(KeyError, struct.error):
+        image.info["exif"] = only_orientation(image.info["exif"])
+    return vision.upright(image)
+
+
+def only_orientation(exif):
+    """EXIF tags, a TIFF in bytes, without all but that of the orientation."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}[tiff[:4]]
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    (count,) = struct.unpack_from(order + "H", tiff, start)
+    entries = (tiff[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12))
+    kept = [entry for entry in entries if len(entry) == 12 and struct.unpack_from(order + "H", entry) == (0x0112,)]
+    return b"Exif\0\0" + tiff[:4] + struct.pack(order + "IH", 8, len(kept)) + b"".join(kept) + bytes(4)
 
 
 def has_empty_alpha(image):
@@ -197,7 +219,7 @@ def bare_jpeg(data, used):
         segment = data[at : at + size]
         if name == b"Exif":
             with contextlib.suppress(KeyError, struct.error):
-                tags = vision.only_orientation(segment[4:])
+                tags = only_orientation(segment[4:])
                 segment = segment[:2] + struct.pack(">H", len(tags) + 2) + tags
         unused = 0xE1 <= marker <= 0xEF or marker == 0xFE
         if not unused or ((marker, name) in JPEG_USED and (used or marker == 0xEE)):
