@@ -286,7 +286,11 @@ def test_a_recorded_step_is_the_plain_step(made, name, quantize, monkeypatch):
     assert len(fast.llama.run.recorded.functions) == 2  # so both windows have been recorded
 
 
-@pytest.mark.parametrize("known", published.FAMILY)
+QUICK = ("interleave-0.5b", "v1.6-mistral-7b", "onevision-7b")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in published.FAMILY]
+
+
+@pytest.mark.parametrize("known", ALL)
 def test_memory_is_judged_before_a_byte_of_weights(tmp_path, monkeypatch, known):
     """By the published config: what has a byte too few for all numbers is refused. A scale of int4 takes some bits."""
     from extras import checks

@@ -95,7 +95,10 @@ def test_a_search_leaves_the_prompt_in_the_cache(model, batch):
     assert torch.equal(again, model.generate(whole, single["pixel_values"], max_new_tokens=5))
 
 
-@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float64)]
+
+
+@pytest.mark.parametrize("default", [torch.float16, *SLOW], ids=str)
 def test_the_default_dtype_changes_nothing(default):
     def everything():
         model, processor = llava.load("tiny", device="cpu", dtype=torch.float32)

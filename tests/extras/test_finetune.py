@@ -304,9 +304,8 @@ def stopped_at(monkeypatch, step):
     monkeypatch.setattr(finetune, "gradients", gradients)
 
 
-@pytest.mark.parametrize(
-    "way", [["--stage", "1"], pytest.param(["--lora", "2"], marks=pytest.mark.slow)], ids=["projector", "lora"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [["--stage", "1"], ["--lora", "2"]], ids=["projector", "lora"])
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path, capsys, monkeypatch, way):
     assert finetune.main(command(folder, tmp_path / "whole", *way)) == 0
     whole = capsys.readouterr().out
