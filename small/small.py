@@ -21,9 +21,11 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,6 +40,7 @@ import train as tiny  # noqa: E402
 
 import llava  # noqa: E402
 import weights  # noqa: E402
+from extras import speed  # noqa: E402
 from extras.beams import fork_cache  # noqa: E402
 
 STAGES = {"words": (400, 16, 3e-3), "talk": (480, 4, 1e-3)}  # steps, scenes a step, learning rate
@@ -176,8 +179,13 @@ def talk_step(model, processor, rng, number):
 
 
 def load(folder):
-    """The model with eye and projector in float32 and the language model in bfloat16, all but the projector frozen."""
-    model, processor = llava.load(str(folder), device="cpu", dtype="bfloat16")
+    """The model with eye and projector in float32 and the language model in bfloat16, all but the projector frozen.
+
+    Where a CPU has no units for bfloat16, which is found out by timing one of its matrices, all is in float32.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    products = {name: partial(speed.rows_at_once, 256, nn.Linear, (576, 1536), dtype) for name, dtype in dtypes.items()}
+    model, processor = llava.load(str(folder), device="cpu", dtype=speed.fastest("dtype", products, {}))
     model.requires_grad_(False)
     model.vision.float()
     model.projector.float()
