@@ -1,6 +1,6 @@
 """What lies beside a tokenizer for transformers alone: read when the tokenizer is, and passed on when it is saved.
 
-Nothing here has a use for it, but AutoProcessor has: the names of special tokens, the side that is padded, templates.
+Of it added_tokens.py reads the tokens; AutoProcessor also reads their names, the side that is padded, templates.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ MOST = 4_000_000  # bytes of one file
 
 
 def read(folder):
-    """The files of a folder → {name: JSON object, or text}. What cannot be read is left out: it is not needed here."""
+    """The files of a folder → {name: JSON object, or text}. What cannot be read is left out here."""
     found = {}
     for file in [file for name in (*OBJECTS, *TEXTS) for file in sorted(folder.glob(name))]:
         with contextlib.suppress(OSError, ValueError, RecursionError):
