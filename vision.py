@@ -37,15 +37,20 @@ from torch.utils.checkpoint import checkpoint
 # From a file to a picture in RGB
 
 
-def open_image(file, formats=None):
-    """Decode a picture as a person would see it → a PIL image in mode RGB, upright, the first frame of several.
+def open_image(file):
+    """A file → its picture as a person would see it: a PIL image in mode RGB, upright, the first of several frames.
 
-    file: a path, or a binary file object. formats: the names of those that Pillow may try; None: all that it knows.
-    The reference (transformers' load_image) also turns what it opens from a path as its EXIF orientation says.
+    file: a path, or a binary file object. The reference (transformers' load_image) also turns what it opens from a path
+    as its EXIF orientation says.
     """
-    with Image.open(file, formats=formats) as image:
-        image.load()
-        return to_rgb(upright(image))
+    with Image.open(file) as image:
+        return decode(image)
+
+
+def decode(image):
+    """A picture that has been opened and not been read → the same."""
+    image.load()
+    return to_rgb(upright(image))
 
 
 TURNS = {  # the orientation in a picture's EXIF tags → what brings it upright; 1: nothing

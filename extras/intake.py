@@ -98,20 +98,21 @@ def decode(stream, head):
         if image.format == "TIFF":
             note = look_for_preview(image, head) or note
         if has_empty_alpha(image):
-            return upright(image).convert("RGB"), note
+            forget_tags(image)
+            return vision.upright(image).convert("RGB"), note
     stream.seek(start)
-    with Image.open(stream, formats=FORMATS) as image:  # as vision.open_image does
-        image.load()
-        return vision.to_rgb(upright(image)), note
+    with Image.open(stream, formats=FORMATS) as image:
+        image.load()  # a PNG's tags may stand behind its pixels
+        forget_tags(image)
+        return vision.decode(image), note
 
 
-def upright(image):
-    """vision.upright, of a picture without its other tags: Pillow warns of broken ones, and a warning may be an
+def forget_tags(image):
+    """Leave of a picture's EXIF tags what says which way is up: Pillow warns of broken ones, and a warning may be an
     error.
     """
     with contextlib.suppress(KeyError, struct.error):
         image.info["exif"] = only_orientation(image.info["exif"])
-    return vision.upright(image)
 
 
 def only_orientation(exif):

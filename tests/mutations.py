@@ -151,14 +151,15 @@ def main(arguments=None):
         if source.count(right) != 1 or right == wrong:
             print(f"{file} holds {source.count(right)} times, not once: {right}", file=sys.stderr)
             return 2
-    began, survivors, untested = time.monotonic(), 0, 0
+    began, survivors, untested = time.monotonic(), [], 0
     for name, caught, seconds in try_all(chosen, jobs=os.cpu_count() or 2):
-        survivors += caught is None
+        survivors += [name] if caught is None else []
         untested += caught == UNTESTED
         found = {None: "SURVIVED", UNTESTED: "not caught, as its tests skip on this processor"}.get(caught, caught)
         print(f"{name:<64} {found}  ({seconds:.0f} s)", flush=True)
     skipped = f", {untested} cannot be told on this processor" if untested else ""
-    print(f"{len(chosen)} bugs, {survivors} survived{skipped}, {time.monotonic() - began:.0f} s")
+    named = "".join(f"\n  {name}" for name in survivors)
+    print(f"{len(chosen)} bugs, {len(survivors)} survived{skipped}, {time.monotonic() - began:.0f} s{named}")
     return int(bool(survivors))
 
 

@@ -182,6 +182,8 @@ def test_a_file_is_turned_upright(tmp_path, orientation, kind):
         intake.open_image(file),
         intake.open_image(str(file)),
         intake.open_image(io.BytesIO(file.read_bytes())),
+        vision.open_image(file),
+        vision.open_image(io.BytesIO(file.read_bytes())),
     ):
         assert opened.mode == "RGB" and opened.size == seen.size
         assert np.abs(pixels(opened) - pixels(seen)).max() <= (8 if kind == "JPEG" else 0)
