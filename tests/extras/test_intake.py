@@ -442,6 +442,7 @@ LIES = {  # files that lie on their side, of whose tags Pillow warns
     "JPEG, the broken tag in front": jpeg_with(exif=FAR[:16] + FAR[28:40] + FAR[16:28] + FAR[40:]),
     "JPEG, cut behind the orientation": jpeg_with(exif=FAR[:35]),
     "PNG": png_with(png_chunk(b"eXIf", FAR[6:])),
+    "PNG, tags behind the pixels": png_with(behind=[png_chunk(b"eXIf", FAR[6:])]),
     "WEBP": encoded(picture(40, 20), "WEBP", lossless=True, exif=FAR[6:]),
     "TIFF": tiff(40, 20, (274, 3, 1, 6), (271, 2, 400, 99999)),
 }  # fmt: skip
