@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,7 @@ def test_pip_says_that_there_is_nothing_to_install():
     assert system == {"requires": [], "build-backend": "nothing_to_install__run_it_in_the_clone__see_README"}
 
 
+@pytest.mark.slow  # asks each script for its options
 def test_inline_commands_name_files_that_exist():
     for document in DOCUMENTS:
         for command in re.findall(r"`((?:python|pytest|ruff) [^`]+)`", text(document)):
@@ -324,14 +326,16 @@ TOKENS = {  # name in published.FAMILY → the special tokens by which its promp
 }
 
 
-def config_of_line(name, folder):
-    (folder / "config.json").write_text(json.dumps(line_facts.FAMILY[name]))
-    return weights.read_config(folder, llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
+def config_of_line(name):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(line_facts.FAMILY[name]))
+        return weights.read_config(Path(folder), llava.LlavaConfig, llama.TextConfig, vision.VisionConfig, checks.clean)
 
 
-def line_row(name, folder):
+@functools.cache
+def line_row(name):
     """A row of the README's table of the LLaVAs after 1.5."""
-    read = config_of_line(name, folder)
+    read = config_of_line(name)
 
     def model():
         with torch.device("meta"):
@@ -393,7 +397,7 @@ def figures(folder):
     lines = sum(len((ROOT / f"{name}.py").read_text().splitlines()) for name in ("vision", "llama", "llava", "weights"))
     assert f"{size(seven) * 2 / 1e9:.1f} GB to download" in flat(cli.make_parser().format_help())
     tiny = llava.load("tiny", device="cpu", dtype=torch.float32)[0]
-    next_plan, one_plan = (anyres.plan(config_of_line(name, folder)) for name in ("v1.6-vicuna-7b", "onevision-7b"))
+    next_plan, one_plan = (anyres.plan(config_of_line(name)) for name in ("v1.6-vicuna-7b", "onevision-7b"))
     return {
         "README.md": [
             f"about {about if abs(about - lines) < lines / 20 else round(lines, -2):,} lines",
@@ -402,7 +406,7 @@ def figures(folder):
             "in under 5 minutes",
             f"A LLaVA of {size(tiny) / 1e6:.1f} million parameters",
             *(memory_row(name, folder) for name in PUBLISHED),
-            *(flat(without_code(line_row(name, folder))) for name in line_facts.FAMILY),
+            *(flat(without_code(line_row(name))) for name in line_facts.FAMILY),
             "of 480 x 640 pixels",
             f"a square one of 672 or more {anyres.count(672, 672, next_plan):,}",
             f"one of 1154 x 951 {anyres.count(1154, 951, one_plan):,}",
@@ -431,9 +435,9 @@ def test_the_notebooks_are_counted():
 
 
 @pytest.mark.parametrize("name", line_facts.FAMILY)
-def test_a_row_of_the_line_is_what_its_config_gives(tmp_path, name):
+def test_a_row_of_the_line_is_what_its_config_gives(name):
     """Its memory, the positions of a picture, and its prompt."""
-    assert line_row(name, tmp_path) in text("README.md"), line_row(name, tmp_path)
+    assert line_row(name) in text("README.md"), line_row(name)
 
 
 TIMES = r"\b[\d.]+ (s|seconds?|minutes?|hours?|ms|tokens/s)\b"
