@@ -22,8 +22,7 @@ def measure(name, folder):
     side = peers.KINDS[kind](folder, **settings)
     loaded = time.time()
     side.decode(1)
-    held = [*side.model.parameters(), *side.model.buffers()]
-    size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in held}.values())
+    size = peers.nbytes(side.model)
     print(json.dumps({"loaded": loaded, "said": time.time(), "peak": peers.full_size.high_water(), "bytes": size}))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import llama
-from extras import quantize, speed
+from extras import attention, packed, quantize
 
 
 def best(function, number=30):
@@ -32,7 +32,8 @@ def products(rows=11008, columns=4096, copies=8):
     """Some matrices in turn, so that none of them is still in the processor's cache."""
     x = torch.randn(1, columns).bfloat16()
     weights = [torch.randn(rows, columns).bfloat16() for _ in range(copies)]
-    layers, kinds = {}, {"bfloat16, packed": (quantize.PackedLinear, {})}
+    layers = {}
+    kinds = {f"bfloat16, {name}": (kind, {}) for name, kind in packed.kinds(torch.bfloat16).items()}
     for scheme, kind in quantize.QUANTIZED.items():
         for name in kind.KERNELS:
             if quantize.works(kind, name, torch.bfloat16):
@@ -49,7 +50,7 @@ def products(rows=11008, columns=4096, copies=8):
         F.linear(x, weights[i % copies])
         torch.backends.mkldnn.enabled = True
 
-    sizes = {scheme: sum(buffer.nbytes for buffer in layers[scheme][0].buffers()) for scheme in layers}
+    sizes = {scheme: peers.nbytes(layers[scheme][0]) for scheme in layers}
     half = [weight.half() for weight in weights]
     yield "bfloat16, oneDNN's product", weights[0].nbytes, best(lambda i: F.linear(x, weights[i % copies]))
     yield "bfloat16, torch's own", weights[0].nbytes, best(own)
@@ -58,11 +59,11 @@ def products(rows=11008, columns=4096, copies=8):
         yield scheme, sizes[scheme], best(lambda i, scheme=scheme: layers[scheme][i % copies](x))
 
 
-def attention(keys):
+def one_query(keys):
     q = torch.randn(1, 32, 1, 128).bfloat16()
     k, v = torch.randn(2, 1, 32, keys, 128).bfloat16()
     mask = torch.ones(1, 1, 1, keys, dtype=torch.bool)
-    return best(lambda i: llama.attend(q, k, v, mask)), best(lambda i: speed.attend_one_query(q, k, v, mask))
+    return best(lambda i: llama.attend(q, k, v, mask)), best(lambda i: attention.attend_one_query(q, k, v, mask))
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def main():
         print(f"| {name} | {seconds * 1e3:.2f} | {size / seconds / 1e9:.1f} |")
     print("\n| one query, 32 heads | the fused call, ms | two float32 products, ms |\n|---|---|---|")
     for keys in (100, 700):
-        fused, written = attention(keys)
+        fused, written = one_query(keys)
         print(f"| {keys} keys | {fused * 1e3:.2f} | {written * 1e3:.2f} |")
 
 

@@ -47,6 +47,12 @@ SIDES = {  # name → (kind, settings)
 TEXT = list(range(100, 164))  # a prompt of 64 tokens
 
 
+def nbytes(model):
+    """Bytes of the numbers that a model holds, also of those that FBGEMM has laid out."""
+    held = [layer.held for layer in model.modules() if getattr(layer, "held", None) is not None]
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers(), *held))
+
+
 def picture():
     """A picture of noise: what is in it does not change the time."""
     torch.manual_seed(0)
@@ -63,8 +69,9 @@ class Ours:
             self.model, self.processor = llava.load(folder, device=device, **settings)
         self.model.config.eos_token_id = -1  # no answer ends early
         # what a step reads: all weights of the language model but the embedding, of which it reads one row
-        layers = [*self.model.llama.parameters(), *self.model.llama.buffers()]
-        self.bytes = sum(tensor.nbytes for tensor in layers) - self.model.llama.embed.weight.nbytes
+        self.bytes, embed = nbytes(self.model.llama), self.model.llama.embed.weight
+        if getattr(self.model.llama.head, "weight", None) is not embed:
+            self.bytes -= embed.nbytes
 
     def decode(self, tokens, batch=1):
         """Seconds for each step behind a prompt of 64 tokens."""

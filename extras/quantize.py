@@ -1,14 +1,13 @@
-"""Matrices for answers alone: packed, or in eight or four bits. Such layers can be neither trained nor saved.
+"""Matrices for answers alone in eight or four bits. Such layers can be neither trained nor saved.
 
-A step multiplies one vector by every matrix, so it takes as long as reading them. They are laid out in the order in
-which a CPU reads them fastest, or stored as small integers with a scale. What is multiplied with them keeps its
-precision. Each layer stands in the place of an nn.Linear on the meta device, and takes its weight when weights.read
-comes to it. Which of a layer's kernels is taken, extras/speed.py finds out by timing them.
+A step multiplies one vector by every matrix, so it takes as long as reading them: they are stored as small integers
+with a scale. What is multiplied with them keeps its precision. Each layer stands in the place of an nn.Linear on the
+meta device, and takes its weight when weights.read comes to it. Which of a layer's kernels is taken, extras/speed.py
+finds out by timing them.
 """
 
 import functools
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn as nn
@@ -38,87 +37,8 @@ def in_place_of(layer, kind, dtype, **settings):
         return kind(layer.in_features, layer.out_features, dtype, **bias, **settings)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Packed
-
-
-class PackedLinear(nn.Module):
-    """x Wᵀ + b for a W that is laid out as oneDNN wants it, torch's library for products on a CPU. The same numbers."""
-
-    ROWS = 64  # of x that the layout is made for: one for fewer rows may take three times as long for a whole prompt
-    PACKER = ThreadPoolExecutor(1)  # packs one matrix while the next one is read
-    packing = None  # the future of what it does now
-
-    def __init__(self, in_features, out_features, dtype, bias=False):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("w", torch.empty(out_features, in_features, dtype=dtype))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=dtype)) if bias else None)
-        self.register_state_dict_pre_hook(lambda *_: self.wait())
-
-    def take_weight(self, part, device):
-        """Take a slice of a file, (outputs, inputs) → the numbers, before they are packed."""
-        weight = converted(part[:], self.w.dtype)
-        self.wait()  # no more than one lies in memory twice
-        self.w = weight
-        PackedLinear.packing = self.PACKER.submit(self.pack)
-        return weight
-
-    @staticmethod
-    def wait():
-        """Until all are packed. What went wrong in the thread is raised here."""
-        packing, PackedLinear.packing = PackedLinear.packing, None
-        if packing is not None:
-            packing.result()
-
-    def pack(self):
-        self.w = torch.ops.mkldnn._reorder_linear_weight(self.w, self.ROWS)
-
-    def forward(self, x):
-        return packed_product(x, self.w, self.bias)
-
-    @staticmethod
-    def works(dtype):
-        """Whether this machine, and this version of torch, have the product for a dtype."""
-        there = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-        if dtype not in there or not torch.backends.mkldnn.is_available():
-            return False
-        try:
-            if not getattr(torch.ops.mkldnn, there[dtype])():
-                return False
-            layer = PackedLinear(64, 64, dtype)
-            layer.w.zero_()
-            layer.pack()
-            return layer(torch.zeros(1, 64, dtype=dtype)).shape == (1, 64)
-        except (AttributeError, NotImplementedError):
-            return False
-
-
-def converted(numbers, dtype):
-    """A copy in another dtype. From one of 16 bits to the other by float32 and few rows at a time: torch's own way
-    between the two is slower.
-    """
-    if numbers.dtype == dtype or numbers.dtype.itemsize > 2:
-        return numbers.to(dtype, copy=True)
-    copy = torch.empty(numbers.shape, dtype=dtype)
-    for rows, new in zip(numbers.split(32), copy.split(32), strict=True):
-        new.copy_(rows.float())
-    return copy
-
-
 # torch.compile cannot trace a product with a packed matrix, unless it is an operator of ours whose shape is told beside
 # it.
-
-
-@torch.library.custom_op("llava::packed_product", mutates_args=())
-def packed_product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b for a W (outputs, inputs) that is packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
-
-
-@packed_product.register_fake
-def packed_product_shape(x, w, bias):
-    return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
 @torch.library.custom_op("llava::packed_integer_product", mutates_args=())

@@ -7,11 +7,6 @@ There is no list of processors. Where several ways compute the same, they are ti
 of the model that is being loaded, and the fastest is taken: model.ways says which and why, --trace shows it, and FIXED
 settles it beforehand. float32 always goes the plain way; in 16 bits another one must win by a tenth, so that the same
 command gives the same words twice.
-
-    letter   meaning
-    B, S     rows of the batch, positions that are attended to
-    A, K     query heads, key-value heads
-    E        width of one head
 """
 
 import contextlib
@@ -19,24 +14,26 @@ import copy
 import functools
 import math
 import os
+import sys
 import time
-import weakref
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import llama
 import weights
-from extras import memory, parallel, quantize, recorded, threads
+from extras import attention, memory, packed, parallel, quantize, recorded, threads
 
 FIXED = {}  # question → the way that is taken without timing any, as {"one query": "fused call", "8 bits": "plain"}
 MARGIN = 0.9  # of the plain way's time: what does not stay below is not worth another rounding
 STEPS, PROMPT = 100, 256  # what is timed: so many words of an answer, behind so many positions of a prompt
 FEW = (4, 16, 64)  # rows of several answers side by side, up to which a kernel for one may still be faster
 KEYS = 700  # positions that one query looks at: a picture and some words
-NUMBERS = 4_000_000  # of a matrix that is timed, at most
-COPIES, ROUNDS = 3, 3  # of each matrix, so that it is not always the same memory; of all ways in turn, the best counts
+NUMBERS = {"few": 48_000_000, "many": 4_000_000}  # of a matrix that is timed with few rows or with many, at most
+STREAMED = 64e6  # bytes of its copies, so that a vector's product reads memory, as in an answer, and not a cache
+COPIES = 32  # at most
+ROUNDS = 3  # of all ways in turn, the best counts
+HOPELESS = 0.1, 4  # over so many seconds and so many times as long as another way: not tried again
 
 
 def choose(device, dtype, quantize_to, compile):
@@ -70,11 +67,12 @@ def prepare(model, found, device, dtype, quantize_to, compile):
         settings = functools.cache(lambda kind: fastest_kernel(kind, shape, dtype, ways) if timed else {})
         quantize.quantize_layers(model.llama, quantize_to, dtype, settings)
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
-    if answers_only and timed and fastest_product(shape, dtype, ways) == "packed":
-        quantize.replace_layers(model, quantize.PackedLinear, dtype)
+    if answers_only and timed and (kind := fastest_product(shape, dtype, ways)) is not nn.Linear:
+        quantize.replace_layers(model, kind, dtype)
     check_memory(model, device, dtype)
     if device.type == "cpu":
-        attend = Attend(fastest_attention(model, dtype, ways) if timed else llama.attend, tell=timed)
+        one_query = fastest_attention(model, dtype, ways) if timed else llama.attend
+        attend = attention.Attend(one_query, tell=timed)
         for block in model.llama.blocks:
             block.attention.attend = attend
         if sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) < threads.SMALL:
@@ -150,7 +148,10 @@ def fastest_dtype(model, device, stored, quantize_to, ways):
     shape = largest(model)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     answers = {name: functools.partial(answer, nn.Linear, shape, dtype) for name, dtype in dtypes.items()}
-    return dtypes[fastest("dtype", answers, ways)]
+    if torch.is_inference_mode_enabled():
+        for name, kind in packed.kinds(torch.bfloat16).items():
+            answers[f"bfloat16 {name}"] = functools.partial(answer, kind, shape, torch.bfloat16)
+    return dtypes[fastest("dtype", answers, ways).split()[0]]
 
 
 def main_dtype(model, found):
@@ -211,39 +212,55 @@ def fastest(question, ways, taken):
 
 @torch.inference_mode()
 def race(ways):
-    """{name: seconds}, all ways in turn, the best of some rounds: what disturbs the machine makes a way slower only."""
+    """{name: seconds}, all ways in turn, the best of some rounds: what disturbs the machine makes a way slower only.
+
+    The first round is not counted, as a way may have to get ready, but it shows which are hopeless.
+    """
     if len(ways) == 1:
         return dict.fromkeys(ways, math.nan)
     trials = {name: prepare_way() for name, prepare_way in ways.items()}
-    rounds = [{name: trial() for name, trial in trials.items()} for _ in range(1 + ROUNDS)][1:]
-    return {name: min(times[name] for times in rounds) for name in ways}
+    times = {name: trial() for name, trial in trials.items()}
+    seconds, factor = HOPELESS
+    trials = {name: trial for name, trial in trials.items() if times[name] < max(seconds, factor * min(times.values()))}
+    rounds = [{name: trial() for name, trial in trials.items()} for _ in range(ROUNDS)]
+    return {**times, **{name: min(each[name] for each in rounds) for name in trials}}
 
 
-def answer(kind, shape, dtype, **settings):
-    """One matrix's share of an answer: a function that takes its time, in seconds."""
-    layers, prompt = filled(kind, shape, dtype, **settings), torch.ones(PROMPT, shape[0], dtype=dtype)
-    return lambda: STEPS * product(layers, prompt[:1]) + product(layers[:1], prompt)
+def answer(kind, shape, dtype):
+    """One matrix's share of an answer: a function that takes its time, in seconds; to lay it out is part of it."""
+    (made, step), (_, prompt) = (filled(rows, kind, shape, dtype) for rows in (1, PROMPT))
+    return lambda: made + STEPS * step() + prompt()
 
 
 def rows_at_once(rows, kind, shape, dtype, **settings):
     """The same of a single product with so many rows."""
-    layers, x = filled(kind, shape, dtype, **settings), torch.ones(rows, shape[0], dtype=dtype)
-    return lambda: product(layers, x)
+    return filled(rows, kind, shape, dtype, **settings)[1]
 
 
-def filled(kind, shape, dtype, **settings):
-    """Layers of a kind that hold ones: for their time it does not matter what."""
-    layers = []
-    for _ in range(COPIES):
-        with torch.device("meta"):
-            layer = kind(*shape, dtype=dtype, bias=False, **settings)
-        layer.to_empty(device="cpu")
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            tensor.fill_(1)
-        if kind is not nn.Linear:
-            layer.pack()
-        layers.append(layer)
-    return layers
+def filled(rows, kind, shape, dtype, **settings):
+    """Layers of a kind that hold ones → the seconds that it takes to make one, and a function that takes the time of a
+    product with so many rows. For many of them a part of a matrix will do: computing takes the time, not reading.
+    """
+    (inputs, outputs), few = shape, rows <= FEW[0]
+    part = min(outputs, max(64, NUMBERS["few" if few else "many"] // inputs))
+    size = inputs * part * dtype.itemsize * getattr(kind, "BITS", 16) / 16
+    copies = min(COPIES, math.ceil(STREAMED / size)) if few else 1
+    begin = time.perf_counter()
+    layers = [layer_of_ones(kind, inputs, part, dtype, **settings) for _ in range(copies)]
+    made, x = (time.perf_counter() - begin) / copies, torch.ones(rows, inputs, dtype=dtype)
+    return made * outputs / part, lambda: product(layers, x) * outputs / part
+
+
+def layer_of_ones(kind, inputs, outputs, dtype, **settings):
+    """For its time it does not matter what it holds."""
+    with torch.device("meta"):
+        layer = kind(inputs, outputs, dtype=dtype, bias=False, **settings)
+    layer.to_empty(device="cpu")
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.fill_(1)
+    if kind is not nn.Linear:
+        layer.pack()
+    return layer
 
 
 def product(layers, x):
@@ -255,29 +272,28 @@ def product(layers, x):
 
 
 def largest(model):
-    """(inputs, outputs) of the matrix that holds most of a language model's numbers, no more of it than is timed."""
+    """(inputs, outputs) of the matrix that holds most of a language model's numbers."""
     sizes = {}
     for layer in model.llama.modules():
         if isinstance(layer, nn.Linear):
             shape = layer.in_features, layer.out_features
             sizes[shape] = sizes.get(shape, 0) + math.prod(shape)
-    inputs, outputs = max(sizes, key=sizes.get)
-    return inputs, min(outputs, max(64, NUMBERS // inputs))
+    return max(sizes, key=sizes.get)
 
 
 def fastest_product(shape, dtype, ways):
-    """plain, or packed where that is faster."""
-    kinds = {"plain": nn.Linear}
-    if quantize.PackedLinear.works(dtype):
-        kinds["packed"] = quantize.PackedLinear
+    """nn.Linear, or a kind of packed layer where that is faster."""
+    kinds = {"plain": nn.Linear, **packed.kinds(dtype)}
     answers = {name: functools.partial(answer, kind, shape, dtype) for name, kind in kinds.items()}
-    return fastest("products", answers, ways)
+    return kinds[fastest("products", answers, ways)]
 
 
 def fastest_kernel(kind, shape, dtype, ways):
     """Settings of a quantised layer: its kernel, for how many rows at most, and whether the others go by float32."""
     make, question = functools.partial(rows_at_once, kind=kind, shape=shape, dtype=dtype), f"{kind.BITS} bits"
-    prompts = {name: functools.partial(make, PROMPT, wide=wide) for name, wide in (("as is", False), ("float32", True))}
+    some = shape[0], kind.CHUNK  # of the rows of W: where "as is" is slow, it is a hundred times as slow
+    prompt = functools.partial(make, PROMPT, shape=some)
+    prompts = {"as is": prompt, "float32": functools.partial(prompt, wide=True)}
     wide = {"wide": fastest(f"{question}, many rows", prompts, ways) == "float32"}
     kernels = [name for name in kind.KERNELS if quantize.works(kind, name, dtype)]
     steps = {name: functools.partial(make, 1, kernel=name, most=1) for name in kernels}
@@ -285,12 +301,12 @@ def fastest_kernel(kind, shape, dtype, ways):
     if kernel == "plain":
         return wide
     chosen = {**wide, "kernel": kernel, "most": 1}
-    for rows in FEW:
+    for rows in (*FEW, PROMPT):
         pair = {"plain": functools.partial(make, rows, **wide)}
         pair[kernel] = functools.partial(make, rows, kernel=kernel, most=rows)
         if fastest(f"{question}, {rows} rows", pair, ways) == "plain":
             break
-        chosen["most"] = rows
+        chosen["most"] = rows if rows < PROMPT else sys.maxsize
     return chosen
 
 
@@ -300,7 +316,7 @@ def fastest_attention(model, dtype, ways):
     E, K = config.head_dim, config.num_key_value_heads
     q, k = torch.ones(1, config.num_attention_heads, 1, E, dtype=dtype), torch.ones(1, K, KEYS, E, dtype=dtype)
     mask = torch.ones(1, 1, 1, KEYS, dtype=torch.bool)
-    functions = {"fused call": llama.attend, "two products": attend_one_query}
+    functions = {"fused call": llama.attend, "two products": attention.attend_one_query}
 
     def trial(function):
         begin = time.perf_counter()
@@ -309,49 +325,3 @@ def fastest_attention(model, dtype, ways):
 
     ways_to = {name: lambda f=function: functools.partial(trial, f) for name, function in functions.items()}
     return functions[fastest("one query", ways_to, ways)]
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-class Attend:
-    """llama.attend, by another way to the same numbers where there is one that is faster.
-
-    One query for each row, as a step has it: the way that is fastest here. A whole prompt without padding: the fused
-    call skips what a causal mask hides, if it is told so; it does not look for itself.
-    """
-
-    def __init__(self, one_query, tell=True):
-        self.one_query, self.tell, self.seen = one_query, tell, (None, False)
-
-    def __call__(self, q, k, v, mask, output_attentions=False):
-        if output_attentions:
-            return llama.attend(q, k, v, mask, output_attentions)
-        if q.shape[2] == 1:
-            return self.one_query(q, k, v, mask)
-        if self.tell and self.is_causal(mask):
-            grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped), None
-        return llama.attend(q, k, v, mask)
-
-    def is_causal(self, mask):
-        """Whether each position sees all before it and itself; asked once for all blocks, which get the same mask."""
-        held, answer = self.seen
-        if held is None or held() is not mask:
-            T, S = mask.shape[-2:]
-            answer = T == S and bool((mask == torch.ones(T, S, dtype=torch.bool, device=mask.device).tril()).all())
-            self.seen = weakref.ref(mask), answer
-        return answer
-
-
-def attend_one_query(q, k, v, mask, output_attentions=False):
-    """llama.attend for one query, in two float32 products: on some CPUs five times as fast as the fused call, on others
-    five times as slow. Queries that share a key-value head are stacked, so that keys are not repeated.
-    """
-    B, A, _, E = q.shape
-    K = k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = q.to(dtype).reshape(B, K, A // K, E) @ k.to(dtype).transpose(2, 3) / math.sqrt(E)  # (B, K, A // K, S)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # (B, K, A // K, S)
-    return (weights @ v.to(dtype)).view(B, A, 1, E).to(q.dtype), None

@@ -20,7 +20,7 @@ import llama
 import llava
 import vision
 import weights
-from extras import family, quantize, recorded, speed
+from extras import family, packed, recorded, speed
 
 SIZES = [(40, 61), (28, 28), (90, 33), (300, 21)]  # with rows trimmed, with columns, nearly nothing
 
@@ -244,23 +244,23 @@ def test_quantised_layers_compute_with_the_numbers_that_they_hold(made, name, qu
     assert torch.equal(small.generate(**inputs, max_new_tokens=5), plain.generate(**inputs, max_new_tokens=5))
 
 
-@pytest.mark.skipif(not quantize.PackedLinear.works(torch.bfloat16), reason="this processor does not multiply bfloat16")
+@pytest.mark.skipif(not packed.PackedLinear.works(torch.bfloat16), reason="this processor does not multiply bfloat16")
 def test_packed_layers_give_the_same_numbers(made, name, monkeypatch):
     """With their biases, where a kind has some; after which each answers as the plain ones do."""
     monkeypatch.setitem(speed.FIXED, "products", "packed")
     plain = llava.load(str(made.folder(name)), device="cpu", dtype=torch.bfloat16)[0]
     with torch.inference_mode():
-        packed, processor = llava.load(str(made.folder(name)), device="cpu", dtype=torch.bfloat16)
-        assert {type(block.attention.wq) for block in packed.llama.blocks} == {quantize.PackedLinear}
-        for ours, theirs in zip(packed.llama.blocks, plain.llama.blocks, strict=True):
+        laid_out, processor = llava.load(str(made.folder(name)), device="cpu", dtype=torch.bfloat16)
+        assert {type(block.attention.wq) for block in laid_out.llama.blocks} == {packed.PackedLinear}
+        for ours, theirs in zip(laid_out.llama.blocks, plain.llama.blocks, strict=True):
             for letter in ("wq", "wk", "wv", "wo"):
                 x = torch.randn(3, ours.attention.wq.in_features, dtype=torch.bfloat16)
                 layer, twin = getattr(ours.attention, letter), getattr(theirs.attention, letter)
                 torch.testing.assert_close(layer(x), twin(x), rtol=0.02, atol=0.02)
         inputs = processor.chat([("user", "What?")], [photo(40, 61)])
-        found, expected = packed(**inputs).logits.float(), plain(**inputs).logits.float()
+        found, expected = laid_out(**inputs).logits.float(), plain(**inputs).logits.float()
         assert (found - expected).norm() < 0.05 * expected.norm()
-        assert packed.generate(**inputs, max_new_tokens=3).shape[0] == 1
+        assert laid_out.generate(**inputs, max_new_tokens=3).shape[0] == 1
 
 
 COMPILED = ("joycaption", "onevision")  # with frequencies of its own, and with biases and tied: by the compiler itself

@@ -31,9 +31,9 @@ from PIL import Image
 import llama
 import llava
 import vision
-from extras import beams, lens, speed
+from extras import attention, beams, lens
 
-MODULES = {module.__name__.rpartition(".")[2]: module for module in (vision, llama, llava, beams, lens, speed)}
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (vision, llama, llava, beams, lens, attention)}
 SOURCES = {name: inspect.getsource(module) for name, module in MODULES.items()}
 
 # A small LLaVA in which no two sizes are alike, so that no letter can stand for another.
@@ -54,7 +54,7 @@ LETTERS = {  # what the config decides
     "llama": dict(D=TEXT.hidden_size, A=20, K=5, E=TEXT.head_dim, F=TEXT.intermediate_size, V=TEXT.vocab_size),
     "beams": dict(V=TEXT.vocab_size),
     "lens": dict(P=PATCHES),
-    "speed": dict(K=5),
+    "attention": dict(A=20, K=5, E=TEXT.head_dim),
     "llava": dict(P=PATCHES, D=TEXT.hidden_size, V=TEXT.vocab_size, L=len(LAYERS), C=TOWER.hidden_size),
 }
 
@@ -90,7 +90,7 @@ ARGUMENTS = {  # what the arguments of a function decide
     ),
     "llava.Llava.prefill": lambda v: rows_and_positions(v["input_ids"], v["pixel_values"]),
     "llava.Llava.stream": lambda v: dict(B=len(v["input_ids"])),
-    "speed.attend_one_query": lambda v: dict(S=v["k"].shape[2]),
+    "attention.attend_one_query": lambda v: dict(S=v["k"].shape[2]),
 }
 
 
@@ -129,7 +129,7 @@ def scenario():
     model.generate(prompts, pixels, mask, max_new_tokens=8, num_beams=4)
     model.score([[5, 6, 2], [7, 2]], prompts[:1], pixels[:1], mask[:1])
     k, v = torch.randn(2, 3, 5, 11, TEXT.head_dim)
-    speed.attend_one_query(torch.randn(3, 20, 1, TEXT.head_dim), k, v, torch.ones(3, 1, 1, 11, dtype=torch.bool))
+    attention.attend_one_query(torch.randn(3, 20, 1, TEXT.head_dim), k, v, torch.ones(3, 1, 1, 11, dtype=torch.bool))
 
 
 # ----------------------------------------------------------------------------------------------------------------

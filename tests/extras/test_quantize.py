@@ -1,6 +1,4 @@
-"""Quantised and packed layers beside the plain ones."""
-
-import threading
+"""Quantised layers beside the plain ones."""
 
 import pytest
 import torch
@@ -226,107 +224,6 @@ def test_what_a_quantised_model_cannot_do_is_said(scheme, tmp_path):
         llava.load("nobody/nothing", quantize="int3")  # before anything is looked for
 
 
-packs = pytest.mark.skipif(
-    not quantize.PackedLinear.works(torch.bfloat16), reason="this processor does not multiply bfloat16"
-)
-
-
-@packs
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_is_the_linear_layer(bias):
-    linear = torch.nn.Linear(96, 80, bias=bias, dtype=torch.bfloat16)
-    layer = quantize.PackedLinear(96, 80, torch.bfloat16, bias)
-    layer.take_weight(linear.weight.detach(), torch.device("cpu"))
-    layer.state_dict()  # waits for the thread that packs
-    layer.bias = linear.bias
-    x = torch.randn(3, 5, 96).bfloat16()
-    torch.testing.assert_close(layer(x[:, -1:]), layer(x)[:, -1:])  # not side by side in memory
-    for shape in ((1, 96), (2, 5, 96), (577, 96)):
-        x = torch.randn(shape).bfloat16()
-        exact = F.linear(x.double(), *(p.double() for p in linear.parameters()))
-        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=1e-2)
-
-
-def test_packing_goes_on_while_the_next_matrix_is_read(monkeypatch):
-    """And what goes wrong there is not lost."""
-    going, release = threading.Event(), threading.Event()
-
-    def pack(layer):
-        going.set()
-        assert release.wait(60)
-        layer.w = layer.w + 1
-
-    monkeypatch.setattr(quantize.PackedLinear, "pack", pack)
-    first, second = (quantize.PackedLinear(4, 4, torch.float32) for _ in range(2))
-    first.take_weight(torch.zeros(4, 4), "cpu")
-    assert going.wait(60) and (first.w == 0).all()  # take_weight is back before it is packed
-    release.set()
-    assert (first.state_dict()["w"] == 1).all()
-    monkeypatch.setattr(quantize.PackedLinear, "pack", lambda layer: 1 / 0)
-    second.take_weight(torch.zeros(4, 4), "cpu")
-    with pytest.raises(ZeroDivisionError):
-        second.state_dict()
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16),
-                                    (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
-def test_numbers_are_converted_as_torch_does_it(dtypes):
-    numbers = (torch.randn(70, 9) * 100).to(dtypes[0])
-    copy = quantize.converted(numbers, dtypes[1])
-    assert torch.equal(copy, numbers.to(dtypes[1])) and copy.data_ptr() != numbers.data_ptr()
-
-
-@packs
-def test_loading_in_inference_mode_packs_every_linear_layer_and_changes_no_answer(
-    checkpoints, family, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(speed.FIXED, "products", "packed")
-    settings = dict(device="cpu", dtype="bfloat16")
-    plain, processor = llava.load(str(checkpoints[family]), **settings)
-    with torch.inference_mode():
-        model, _ = llava.load(str(checkpoints[family]), **settings)
-    kept = dict(plain.named_modules())
-    for name, layer in model.named_modules():
-        assert isinstance(layer, quantize.PackedLinear) == isinstance(kept[name], torch.nn.Linear), name
-        if isinstance(layer, quantize.PackedLinear):
-            assert torch.equal(layer.w.to_dense(), kept[name].weight)
-            assert layer.bias is kept[name].bias is None or torch.equal(layer.bias, kept[name].bias)
-    picture = torch.rand(1, 3, plain.config.vision_config.image_size, plain.config.vision_config.image_size)
-    inputs = [*processor.tokenizer.bos, plain.config.image_token_index, 9, 10]
-    inputs = {"input_ids": torch.tensor([inputs]), "pixel_values": picture}
-    with torch.no_grad():
-        a, b = model(**inputs).logits.float(), plain(**inputs).logits.float()
-    torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 * b.std().item())
-    assert model.generate(**inputs, max_new_tokens=4).shape == (1, 4)
-    with pytest.raises(ValueError, match="packed or split model cannot be saved"):
-        llava.save(model, processor, tmp_path / "new")
-    with pytest.raises(ValueError, match="packed model cannot be resized"):
-        model.resize_token_embeddings(700)
-    with pytest.raises(RuntimeError, match=r"autograd|inference"):  # not gradients that are zero
-        model(**inputs).logits.sum().backward()
-
-
-@packs
-def test_a_tied_head_is_packed_from_the_embedding(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setitem(speed.FIXED, "products", "packed")
-    model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="float32")
-    model.llama.head.weight = model.llama.embed.weight
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
-    llava.save(model, processor, tmp_path)
-    with torch.inference_mode():
-        again, _ = llava.load(str(tmp_path), device="cpu", dtype="bfloat16")
-    assert torch.equal(again.llama.head.w.to_dense(), again.llama.embed.weight)
-
-
-def test_inference_mode_in_float32_and_without_the_product_is_plain(checkpoints, monkeypatch):
-    folder = str(checkpoints["llama"])
-    with torch.inference_mode():
-        wide, _ = llava.load(folder, device="cpu", dtype="float32")
-        monkeypatch.setattr(quantize.PackedLinear, "works", staticmethod(lambda dtype: False))
-        plain, _ = llava.load(folder, device="cpu", dtype="bfloat16")
-    assert not any(isinstance(layer, quantize.PackedLinear) for model in (wide, plain) for layer in model.modules())
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # A whole model
 
@@ -387,20 +284,6 @@ def test_the_kernel_of_padded_sides_is_the_plain_product(scheme, name, rows, col
     torch.testing.assert_close(layer(x).double(), exact, rtol=2e-2, atol=2e-2 * exact.std().item() + 1e-3)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows, columns", [(641, 128), (640, 101), (33, 7)])
-def test_a_packed_layer_takes_any_sides(rows, columns, bias):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("this processor has no oneDNN")
-    linear = torch.nn.Linear(columns, rows, bias=bias)
-    layer = quantize.PackedLinear(columns, rows, torch.float32, bias)  # any processor packs float32
-    layer.take_weight(linear.weight.detach(), "cpu")
-    layer.state_dict()
-    layer.bias = linear.bias
-    x = torch.randn(2, 3, columns)
-    torch.testing.assert_close(layer(x), linear(x), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("rows", [641, 642, 643, 703])
 def test_a_vocabulary_that_has_grown_is_quantised(scheme, rows, tmp_path):
@@ -447,20 +330,6 @@ def test_a_kernel_that_torch_lacks_is_done_without(monkeypatch, scheme, kernel, 
 def test_an_unknown_processor_has_the_small_block(monkeypatch):
     monkeypatch.delattr(torch.backends.cpu, "get_cpu_capability")
     assert quantize.half_block() == 16
-
-
-@pytest.mark.parametrize("error", [AttributeError, NotImplementedError])
-@pytest.mark.parametrize("name", ["_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise"])
-def test_a_product_that_torch_lacks_is_done_without(monkeypatch, checkpoints, name, error):
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    kept = {"_is_mkldnn_bf16_supported": lambda: True, "_reorder_linear_weight": lambda weight, rows: weight}
-    for other, function in kept.items():
-        monkeypatch.setattr(torch.ops.mkldnn, other, function)
-    monkeypatch.setattr(torch.ops.mkldnn, name, lacking(error))
-    assert not quantize.PackedLinear.works(torch.bfloat16)
-    with torch.inference_mode():
-        model, processor = llava.load(str(checkpoints["llama"]), device="cpu", dtype="bfloat16")
-        model.generate(**processor("USER: hello ASSISTANT:"), max_new_tokens=2)
 
 
 def test_what_fills_a_group_up_leaves_its_range_as_it_is():

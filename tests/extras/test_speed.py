@@ -2,27 +2,14 @@
 
 import contextlib
 import re
+import sys
 
 import pytest
 import torch
 
 import llama
 import llava
-from extras import parallel, quantize, speed
-
-
-@pytest.mark.parametrize("kv_heads", [6, 2, 1])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_one_query_in_two_products_is_the_plain_attention(dtype, kv_heads):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, kv_heads, 11, 8), torch.randn(3, kv_heads, 11, 8)
-    mask = torch.rand(3, 1, 1, 11) > 0.3
-    mask[..., 0] = True
-    expected, _ = llama.attend(q.double(), k.double(), v.double(), mask, output_attentions=True)
-    ours, weights = speed.attend_one_query(q.to(dtype), k.to(dtype), v.to(dtype), mask)
-    exact = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
-    torch.testing.assert_close(ours.double(), expected, rtol=exact, atol=exact)
-    assert ours.dtype == dtype and weights is None
+from extras import packed, parallel, quantize, speed
 
 
 def test_a_step_touches_no_switch_of_the_process(checkpoints, family, monkeypatch):
@@ -39,8 +26,8 @@ def test_a_step_touches_no_switch_of_the_process(checkpoints, family, monkeypatc
 
 
 def clock(*laps):
-    """A way that takes so many seconds in its rounds, the first of which is not counted."""
-    return lambda: iter(laps).__next__
+    """A way that takes so many hundredths of a second in its rounds, the first of which is not counted."""
+    return lambda: (lap / 100 for lap in laps).__next__
 
 
 @pytest.mark.parametrize(
@@ -51,12 +38,19 @@ def test_another_way_must_win_by_a_tenth(plain, other, taken):
     noted = {}
     laps = {"plain": (9, plain + 1, plain, plain), "other": (0.01, other, other + 2, other)}  # the first warms up
     assert speed.fastest("a question", {name: clock(*laps[name]) for name in laps}, noted) == taken
-    assert noted["a question"][0] == taken and f"other {1000 * other:.3g} ms" in noted["a question"][1]
+    assert noted["a question"][0] == taken and f"other {10 * other:.3g} ms" in noted["a question"][1]
 
 
 def test_the_fastest_of_several_is_taken_if_it_wins_by_a_tenth():
     ways = {"plain": clock(*[1.0] * 4), "a": clock(*[0.8] * 4), "b": clock(*[0.7] * 4)}
     assert speed.fastest("q", ways, {}) == "b"
+
+
+def test_a_hopeless_way_is_tried_once(monkeypatch):
+    assert speed.fastest("q", {"plain": clock(300), "other": clock(*[20] * 4)}, {}) == "other"
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    assert speed.fastest("q", {"plain": clock(8, 1), "other": clock(0.1, 2)}, {}) == "plain"  # it had to get ready
+    assert speed.fastest("q", {"plain": clock(50, 1), "other": clock(20, 2)}, {}) == "plain"  # others took as long
 
 
 def test_what_is_fixed_is_not_timed(monkeypatch):
@@ -81,7 +75,7 @@ def test_float32_goes_the_plain_way_and_times_nothing(checkpoints, family, quant
     with torch.inference_mode():
         model, _ = llava.load(str(checkpoints[family]), device="cpu", dtype="float32", quantize=quantize_to)
     assert model.ways == {}
-    assert not any(isinstance(layer, quantize.PackedLinear) for layer in model.modules())
+    assert not any(isinstance(layer, packed.PackedLinear) for layer in model.modules())
     assert all(not getattr(layer, "most", 0) for layer in model.modules())
     attend = model.llama.blocks[0].attention.attend
     assert attend.one_query is llama.attend and not attend.tell
@@ -113,54 +107,48 @@ def test_a_kernel_serves_as_many_rows_as_it_is_faster_for(monkeypatch):
     assert settings == {"wide": True, "kernel": "torch", "most": 4}
     found["8 bits"] = "plain"
     assert speed.fastest_kernel(quantize.Int8Linear, (64, 64), torch.bfloat16, {}) == {"wide": True}
+    monkeypatch.setattr(speed, "fastest", lambda question, ways, noted: list(ways)[-1])  # it wins each time
+    settings = speed.fastest_kernel(quantize.Int4Linear, (64, 64), torch.bfloat16, {})
+    assert settings == {"wide": True, "kernel": "torch", "most": sys.maxsize}
+
+
+class Recorder(torch.nn.Linear):
+    """Notes how many rows it multiplies; by a clock of its own it takes 5 seconds to be laid out."""
+
+    rows, clock = [], [0]
+
+    def pack(self):
+        self.clock[0] += 5
+
+    def forward(self, x):
+        self.rows.append((len(x), self.out_features, id(self)))
+        return x
+
+
+@torch.inference_mode()
+def test_an_answer_begins_with_laying_its_matrix_out(monkeypatch):
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: Recorder.clock[0])
+    assert speed.answer(Recorder, (64, 64), torch.float32)() == 5
+    assert speed.answer(torch.nn.Linear, (64, 64), torch.float32)() == 0
+
+
+@torch.inference_mode()
+def test_what_is_timed_with_few_rows_is_read_from_memory(monkeypatch):
+    """From several matrices, unless one is large; with many rows a part of a matrix is enough."""
+    monkeypatch.setattr(speed, "NUMBERS", {"few": 64 * 100, "many": 64 * 70})
+    for rows, part, streamed, copies in ((1, 100, 1e3, 1), (1, 100, 64 * 100 * 4 * 5, 5), (1, 100, 1e12, speed.COPIES),
+                                         (16, 70, 1e12, 1)):  # fmt: skip
+        monkeypatch.setattr(speed, "STREAMED", streamed)
+        Recorder.rows.clear()
+        speed.rows_at_once(rows, Recorder, (64, 700), torch.float32)()
+        assert {(found, size) for found, size, _ in Recorder.rows} == {(rows, part)}
+        assert len({layer for *_, layer in Recorder.rows}) == copies
 
 
 def test_what_is_timed_has_the_sides_of_the_matrix_that_counts_most():
     with torch.device("meta"):
         model = llava.Llava(llava.LlavaConfig())
-    inputs, outputs = speed.largest(model)
-    assert inputs == 4096 and outputs == speed.NUMBERS // 4096
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# A whole prompt
-
-
-def queries(T, S, K=2, dtype=torch.float32):
-    torch.manual_seed(0)
-    return torch.randn(2, 4, T, 8, dtype=dtype), *torch.randn(2, 2, K, S, 8, dtype=dtype)
-
-
-@pytest.mark.parametrize("K", [4, 2])
-@pytest.mark.parametrize("kind", ["causal", "padded", "window", "behind a cache", "all see all"])
-def test_the_fused_call_is_told_of_a_causal_mask_and_of_no_other(kind, K, monkeypatch):
-    T, S = 5, 9 if kind == "behind a cache" else 5
-    real = torch.ones(2, S, dtype=torch.bool)
-    real[1, 0] = kind != "padded"
-    mask = llama.visible(real, torch.arange(S - T, S), 3 if kind == "window" else None)
-    mask = torch.ones_like(mask) if kind == "all see all" else mask
-    q, k, v = queries(T, S, K)
-    expected, _ = llama.attend(q, k, v, mask, output_attentions=True)
-    told, call = [], torch.nn.functional.scaled_dot_product_attention
-
-    def watched(*args, **options):
-        told.append(options.get("is_causal", False))
-        return call(*args, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    attend = speed.Attend(speed.attend_one_query)
-    for _ in range(2):
-        torch.testing.assert_close(attend(q, k, v, mask)[0], expected, rtol=1e-4, atol=1e-5)
-    assert told == [kind == "causal"] * 2
-    assert attend(q, k, v, mask, True)[1] is not None
-
-
-def test_a_mask_in_the_place_of_an_old_one_is_looked_at_again():
-    attend = speed.Attend(llama.attend)
-    for n in range(30):  # the memory of the last one is free again
-        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril() if n % 2 else torch.ones(1, 1, 4, 4, dtype=torch.bool)
-        assert attend.is_causal(mask) == bool(n % 2)
-        del mask
+    assert speed.largest(model) == (4096, 11008)
 
 
 # ----------------------------------------------------------------------------------------------------------------
