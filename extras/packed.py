@@ -18,8 +18,7 @@ class PackedLinear(nn.Module):
     """x Wᵀ + b for a W that is laid out as oneDNN wants it, torch's library for products on a CPU. The same numbers."""
 
     ROWS = 64  # of x that the layout is made for: one for fewer rows may take three times as long for a whole prompt
-    PACKER = ThreadPoolExecutor(1)  # packs one matrix while the next one is read
-    packing = None  # the future of what it does now
+    packing = None  # the future of the matrix that is packed while the next one is read
 
     def __init__(self, in_features, out_features, dtype, bias=False):
         super().__init__()
@@ -33,7 +32,7 @@ class PackedLinear(nn.Module):
         weight = converted(part[:], self.w.dtype)
         self.wait()  # no more than one lies in memory twice
         self.w = weight
-        PackedLinear.packing = self.PACKER.submit(self.pack)
+        PackedLinear.packing = in_a_thread(self.pack)
         return weight
 
     @staticmethod
@@ -94,6 +93,18 @@ def kinds(dtype):
     """The kinds that this machine has for a dtype, by the names of these ways."""
     named = {"packed": PackedLinear, "packed by FBGEMM": HalfLinear}
     return {name: kind for name, kind in named.items() if kind.works(dtype)}
+
+
+def in_a_thread(function):
+    """Call a function in a thread that ends with it → its future.
+
+    OpenMP gives each thread that computes a team of its own. While teams have more members than there are cores, all
+    fall asleep between two products, and to wake them takes longer than a small product.
+    """
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(function)
+    pool.shutdown(wait=False)
+    return future
 
 
 def converted(numbers, dtype):

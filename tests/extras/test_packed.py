@@ -65,6 +65,14 @@ def test_packing_goes_on_while_the_next_matrix_is_read(monkeypatch):
         second.state_dict()
 
 
+def test_no_thread_is_left_behind():
+    """With a team of OpenMP's of its own, for which all other teams would fall asleep between two products."""
+    before = {*threading.enumerate()}
+    future = packed.in_a_thread(threading.current_thread)
+    future.result().join(20)
+    assert not future.result().is_alive() and {*threading.enumerate()} <= before
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16),
                                     (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])  # fmt: skip
 def test_numbers_are_converted_as_torch_does_it(dtypes):
