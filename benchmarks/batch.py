@@ -24,7 +24,7 @@ def main():
                 table[name].append(batch / statistics.median(results[name]))
     finally:
         folder.cleanup()
-    print(f"{peers.machine()}; {options.model}, {options.layers} layers; tokens/s of all rows\n")
+    print(f"{peers.machine()}; {peers.what(options)}; tokens/s of all rows\n")
     print(f"| side | {' | '.join(f'batch {batch}' for batch in options.batches)} |")
     print(f"|{'---|' * (1 + len(options.batches))}")
     for name, rates in table.items():

@@ -17,7 +17,7 @@ def main():
         results, _ = peers.rounds(options.sides, folder.name, options.rounds, "turns")
     finally:
         folder.cleanup()
-    print(f"{peers.machine()}; {options.model}, {options.layers} layers and the whole tower\n")
+    print(f"{peers.machine()}; {peers.what(options)} and the whole tower\n")
     print("| side | first question, s | second question, s | second / first, within a round |\n|---|---|---|---|")
     for name, pairs in results.items():
         first, second = zip(*pairs, strict=True)

@@ -38,7 +38,7 @@ def main():
         width = max(before, peers.bandwidth())
     finally:
         folder.cleanup()
-    print(f"{peers.machine()}; {options.model}, {options.layers} layers; a sum reads {width / 1e9:.1f} GB/s\n")
+    print(f"{peers.machine()}; {peers.what(options)}; a sum reads {width / 1e9:.1f} GB/s\n")
     print(f"{HEAD}\n|---|---|---|---|---|")
     rows = []
     for name in names:
@@ -74,10 +74,11 @@ def draw(rows, options):
     from matplotlib import pyplot
 
     whole = peers.full_size.CONFIGS.get(options.model, {}).get("text_config", {}).get("num_hidden_layers", 32)
-    part = f"{options.layers} of the {whole} layers" if options.layers < whole else f"all {whole} layers"
-    title = f"One token at a time, with {part} of a {options.model.upper()}"
+    cut = options.model != peers.SMALL and options.layers < whole
+    part = f"{options.layers} of the {whole}" if cut else "all"
+    title = f"One token at a time, with {part} layers of a {options.model.upper()}"
     note = f"{options.machine}; random weights"
-    if options.layers < whole:
+    if cut:
         note += ". The whole model is many times slower: compare the bars"
     places, names, rates = [], [], []
     for gap, number in enumerate(BITS):

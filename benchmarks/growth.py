@@ -32,7 +32,7 @@ def main():
             wide[number] = peers.rounds(names, folder.name, options.rounds, "grow", positions=ROWS_AT, rows=number)[0]
     finally:
         folder.cleanup()
-    print(f"{peers.machine()}; {options.model}, {options.layers} layers\n")
+    print(f"{peers.machine()}; {peers.what(options)}\n")
     table("positions", long, names, ("prefill", "step"))
     table(f"rows of {ROWS_AT} positions", wide, names, ("prefill", "step"))
     if options.picture:
@@ -82,7 +82,7 @@ def draw(long, wide, names, options):
         axes.spines[["top", "right"]].set_visible(False)
     plots[0].set_ylabel(f"time, of {peers.BASE}'s")
     plots[-1].legend(frameon=False)
-    figure.suptitle(f"{peers.machine()}; {options.model}, {options.layers} layers, random weights", fontsize=9)
+    figure.suptitle(f"{peers.machine()}; {peers.what(options)}, random weights", fontsize=9)
     figure.savefig(options.picture, dpi=110)
 
 

@@ -45,7 +45,7 @@ def main():
                 results[name].append({**got, "loaded": got["loaded"] - begin, "said": got["said"] - begin})
     finally:
         folder.cleanup()
-    print(f"{peers.machine()}; {options.model}, {options.layers} layers and the whole tower\n")
+    print(f"{peers.machine()}; {peers.what(options)} and the whole tower\n")
     columns = ["side", "loaded, s", "of transformers'", "first token, s", "of transformers'"]
     print(f"| {' | '.join([*columns, 'weights, GB', 'peak, GB', 'peak / weights'])} |")
     print(f"|{'---|' * 8}")

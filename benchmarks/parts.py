@@ -59,6 +59,18 @@ def products(rows=11008, columns=4096, copies=8):
         yield scheme, sizes[scheme], best(lambda i, scheme=scheme: layers[scheme][i % copies](x))
 
 
+def prompts(rows=256, outputs=11008, inputs=4096):
+    """Of each way in 16 bits that this machine has: seconds to lay a matrix out, and of a product with some rows."""
+    weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(rows, inputs).bfloat16()
+    yield "plain", 0.0, best(lambda i: F.linear(x, weight), 3)
+    for name, kind in packed.kinds(torch.bfloat16).items():
+        layer = kind(inputs, outputs, torch.bfloat16)
+        begin = time.perf_counter()
+        layer.take_weight(weight, "cpu")
+        layer.state_dict()
+        yield name, time.perf_counter() - begin, best(lambda i, layer=layer: layer(x), 3)
+
+
 def one_query(keys):
     q = torch.randn(1, 32, 1, 128).bfloat16()
     k, v = torch.randn(2, 1, 32, keys, 128).bfloat16()
@@ -74,6 +86,9 @@ def main():
     print("|---|---|---|")
     for name, size, seconds in products():
         print(f"| {name} | {seconds * 1e3:.2f} | {size / seconds / 1e9:.1f} |")
+    print("\n| a matrix of 7B in bfloat16 | laid out, s | 256 rows, ms |\n|---|---|---|")
+    for name, made, seconds in prompts():
+        print(f"| {name} | {made:.2f} | {seconds * 1e3:.0f} |")
     print("\n| one query, 32 heads | the fused call, ms | two float32 products, ms |\n|---|---|---|")
     for keys in (100, 700):
         fused, written = one_query(keys)

@@ -385,6 +385,11 @@ def checkpoint(options):
     return folder
 
 
+def what(options):
+    """The model that is measured, in words."""
+    return f"{options.model}, {'all' if options.model == SMALL else options.layers} layers"
+
+
 def machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -14,7 +14,7 @@ def main():
     options = parser.parse_args()
     folder = peers.checkpoint(options)
     try:
-        print(f"{peers.machine()}; {options.model}, {options.layers} layers and the whole tower\n")
+        print(f"{peers.machine()}; {peers.what(options)} and the whole tower\n")
         peers.compare(peers.installed(options.sides), folder.name, options.rounds, "prefill", words=options.words)
     finally:
         folder.cleanup()
