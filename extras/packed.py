@@ -86,13 +86,16 @@ class HalfLinear(PackedLinear):
 
     @staticmethod
     def works(dtype):
-        return dtype.itemsize == 2 and fbgemm.works()
+        """Whether it can help: where there are units for a dtype, it could not win, and to time it takes a second."""
+        return dtype.itemsize == 2 and not PackedLinear.works(dtype) and fbgemm.works()
+
+
+KINDS = {"packed": PackedLinear, "packed by FBGEMM": HalfLinear}  # by the names of these ways
 
 
 def kinds(dtype):
-    """The kinds that this machine has for a dtype, by the names of these ways."""
-    named = {"packed": PackedLinear, "packed by FBGEMM": HalfLinear}
-    return {name: kind for name, kind in named.items() if kind.works(dtype)}
+    """Those that this machine has for a dtype."""
+    return {name: kind for name, kind in KINDS.items() if kind.works(dtype)}
 
 
 def in_a_thread(function):

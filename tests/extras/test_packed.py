@@ -8,17 +8,17 @@ import torch
 import torch.nn.functional as F
 
 import llava
-from extras import packed, speed
+from extras import fbgemm, packed, speed
 
 
-@pytest.fixture(params=["packed", "packed by FBGEMM"])
+@pytest.fixture(params=packed.KINDS)
 def kind(request, monkeypatch):
     """A kind of packed layer that this machine has, and that load takes without timing any."""
-    kinds = packed.kinds(torch.bfloat16)
-    if request.param not in kinds:
+    if not {"packed": packed.PackedLinear.works(torch.bfloat16), "packed by FBGEMM": fbgemm.works()}[request.param]:
         pytest.skip("this processor does not multiply bfloat16 so")
     monkeypatch.setitem(speed.FIXED, "products", request.param)
-    return kinds[request.param]
+    monkeypatch.setattr(packed, "kinds", lambda dtype: {request.param: packed.KINDS[request.param]})
+    return packed.KINDS[request.param]
 
 
 def holds(layer, weight):
@@ -63,6 +63,14 @@ def test_packing_goes_on_while_the_next_matrix_is_read(monkeypatch):
     second.take_weight(torch.zeros(4, 4), "cpu")
     with pytest.raises(ZeroDivisionError):
         second.state_dict()
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_fbgemm_is_for_processors_without_units(units, monkeypatch):
+    monkeypatch.setattr(packed.PackedLinear, "works", staticmethod(lambda dtype: units))
+    monkeypatch.setattr(fbgemm, "works", lambda: True)
+    assert ("packed by FBGEMM" in packed.kinds(torch.bfloat16)) != units
+    assert "packed by FBGEMM" not in packed.kinds(torch.float32)
 
 
 def test_no_thread_is_left_behind():
@@ -172,7 +180,7 @@ def test_a_copy_of_a_model_multiplies_as_the_model(kind):
 
 @pytest.mark.parametrize("bad", [1e6, torch.inf, torch.nan])
 def test_numbers_that_no_float16_holds_are_multiplied_as_they_are(bad, capfd):
-    if not packed.HalfLinear.works(torch.bfloat16):
+    if not fbgemm.works():
         pytest.skip("this version of torch has no FBGEMM")
     weight = torch.ones(3, 64)
     weight[1, 5] = bad
