@@ -166,7 +166,7 @@ def test_autocast_with_a_cache_is_autocast_without(checkpoints, family, dtype):
     torch.testing.assert_close(whole[real], model(**ids).logits[real], **close)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_under_autocast_a_trained_model_says_the_same(dtype, quantize):
     model, processor = llava.load("tiny", device="cpu", dtype="float32", quantize=quantize)

@@ -68,6 +68,7 @@ def test_one_pixel_wide_equals_the_reference(size):
     assert torch.equal(vision.preprocess(image, config), reference_pixels(image, config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, middle", [((1, 1000), (0, 490, 1, 510)), ((20000, 30), (9900, 0, 10100, 30))], ids=str)
 def test_one_pixel_wide_at_the_published_size(size, middle):
     """The middle square of 1 x 1000 is that of its middle 1 x 20;

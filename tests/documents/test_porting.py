@@ -173,6 +173,7 @@ def test_a_bug_shows_first_where_the_table_says(bug, right):
     assert first_over(bug, right) == STAGES[bug]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", HIDDEN)
 def test_a_bug_that_needs_more_does_not_show(bug, right):
     assert first_over(bug, right) is None

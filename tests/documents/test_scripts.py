@@ -148,6 +148,7 @@ def draw(tmp_path, *options):
     )
 
 
+@pytest.mark.slow
 def test_a_table_is_drawn_without_measuring(tmp_path):
     """Its numbers stand at the bars, those of as many bits beside one another."""
     pytest.importorskip("matplotlib", reason="needs matplotlib, see requirements-notebooks.txt")
@@ -165,6 +166,7 @@ def test_a_table_is_drawn_without_measuring(tmp_path):
     assert any(word.startswith("A &lt;small&gt; machine; random weights. The whole model is") for word in words), words
 
 
+@pytest.mark.slow
 def test_a_text_without_the_table_is_refused(tmp_path):
     (tmp_path / "table.md").write_text("nothing")
     run = draw(tmp_path)

@@ -116,7 +116,9 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("layout", ["as published", "as transformers 5 saves it"])
+@pytest.mark.parametrize(
+    "layout", ["as published", pytest.param("as transformers 5 saves it", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("tower", TOWERS)
 def test_features_and_logits_are_those_of_the_two_parts(parts, tmp_path, tower, layout, language, capsys):
     eye = published(parts, tower, tmp_path / "eye") if layout == "as published" else parts[tower]

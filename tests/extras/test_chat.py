@@ -318,7 +318,7 @@ class Screen(io.StringIO):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("turn", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_ctrl_c_stops_the_answer_and_keeps_the_talk(talker, log, family, pictures, monkeypatch, place, turn, capsys):
     """The turn may be the first or another; a picture is new in it.
     What comes next is what a cold run says to what was said.

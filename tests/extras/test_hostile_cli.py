@@ -304,7 +304,9 @@ def brief(folder, *arguments):
     return [MODEL, folder, "--device", "cpu", "--max-new-tokens", 2, *arguments]
 
 
-@pytest.mark.parametrize("case", PICTURES)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[pytest.mark.slow] if i % 3 else []) for i, case in enumerate(PICTURES)
+])  # fmt: skip
 def test_pictures(run, base, tmp_path, case):
     make, status, words = PICTURES[case]
     megabytes = LARGE if "6000" in case else MEGABYTES

@@ -370,6 +370,7 @@ def test_revisions(hub, ask, files, checkpoints, tmp_path):
     assert offline == ["ok", folders[0]]
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_said_in_one_sentence(hub, ask, files, tmp_path):
     gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted."}
     cases = {

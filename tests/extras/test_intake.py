@@ -177,7 +177,7 @@ VARIANTS = {  # name: (format, mode, options); libtiff's own JPEG decoder is lef
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*EXTENSIONS, *VARIANTS])
+@pytest.mark.parametrize("kind", [*EXTENSIONS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
 def test_a_file_cut_anywhere_is_refused_or_the_same_picture(kind):
     """Never a picture of which the lower half is grey. PNG,
     GIF and BMP end with bytes that hold nothing of the picture.
