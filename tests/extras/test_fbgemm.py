@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from extras import fbgemm
 
-if not fbgemm.works():
-    pytest.skip("this version of torch has no FBGEMM, or one that multiplies otherwise", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    not fbgemm.works(), reason="this processor, or this version of torch, has no FBGEMM that multiplies as torch does"
+)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 70])
