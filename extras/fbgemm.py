@@ -2,7 +2,8 @@
 
 It asks for no units of 16 bits. Nothing is lost beside the plain product: a number of 16 bits that is a float16, too,
 stays what it is, and sums are float32. What it has laid out is an object of its own, which neither torch.compile nor a
-copy of the model can look into: `Held` holds it, and an operator is given its number.
+copy of the model can look into: `Held` holds it, and an operator is given its number, in a tensor, since torch.compile
+would compile anew for another int.
 """
 
 import functools
@@ -24,8 +25,9 @@ class Held:
     numbers = itertools.count()
 
     def __init__(self, pieces, nbytes):
-        self.pieces, self.nbytes, self.number = pieces, nbytes, next(self.numbers)
-        HELD[self.number] = self
+        number = next(self.numbers)
+        self.pieces, self.nbytes, self.number = pieces, nbytes, torch.tensor(number, device="cpu")
+        HELD[number] = self
 
     def __deepcopy__(self, memo):
         return self  # nothing changes it
@@ -47,23 +49,23 @@ def lay_out(rows):
     return torch.ops.quantized.linear_prepack_fp16(rows.float(), None)
 
 
-def product(x, held, outputs):
+def product(x, number, outputs):
     """x Wᵀ for rows x of any dtype and a W that is held → float32. Autograd is told that it has no gradient."""
     if torch.compiler.is_compiling() or x.requires_grad:
-        return operator(x, held.number, outputs)
-    return multiply(x, held)
+        return operator(x, number, outputs)
+    return multiply(x, number)
 
 
-def multiply(x, held):
+def multiply(x, number):
     x = x.float()
-    parts = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in held.pieces]
+    parts = [torch.ops.quantized.linear_dynamic_fp16(x, piece) for piece in HELD[int(number)].pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 @torch.library.custom_op("llava::fbgemm_product", mutates_args=())
-def operator(x: torch.Tensor, number: int, outputs: int) -> torch.Tensor:
+def operator(x: torch.Tensor, number: torch.Tensor, outputs: int) -> torch.Tensor:
     """product, for torch.compile."""
-    return multiply(x, HELD[number])
+    return multiply(x, number)
 
 
 @operator.register_fake
@@ -76,7 +78,8 @@ def works():
     """Whether this machine, and this version of torch, have it, and it multiplies as torch does."""
     w, x = torch.randn(2, 40, 72, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     try:
-        found = product(x, hold(w.half()), len(w))
+        held = hold(w.half())
+        found = product(x, held.number, len(w))
     except (AttributeError, RuntimeError):  # some versions lack it, and some machines have another library
         return False
     return torch.allclose(found, F.linear(x, w.half().float()), rtol=1e-4, atol=1e-4)

@@ -46,7 +46,8 @@ class PackedLinear(nn.Module):
         self.w = torch.ops.mkldnn._reorder_linear_weight(self.w, self.ROWS)
 
     def forward(self, x):
-        return packed_product(x, self.w, self.bias)
+        direct = not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        return (multiply if direct else packed_product)(x, self.w, self.bias)
 
     @staticmethod
     def works(dtype):
@@ -81,7 +82,7 @@ class HalfLinear(PackedLinear):
         if self.held is None:
             return F.linear(x, self.w, self.bias)
         rows = x.flatten(0, -2).contiguous()
-        y = fbgemm.product(rows, self.held, self.out_features).to(x.dtype).unflatten(0, x.shape[:-1])
+        y = fbgemm.product(rows, self.held.number, self.out_features).to(x.dtype).unflatten(0, x.shape[:-1])
         return y if self.bias is None else y + self.bias
 
     @staticmethod
@@ -122,14 +123,19 @@ def converted(numbers, dtype):
     return copy
 
 
+def multiply(x, w, bias):
+    """x Wᵀ + b for a W (outputs, inputs) that is packed."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+
+
 # torch.compile cannot trace a product with a packed matrix, unless it is an operator of ours whose shape is told beside
-# it.
+# it. To call it takes as long as a small product, so that elsewhere it is done without.
 
 
 @torch.library.custom_op("llava::packed_product", mutates_args=())
 def packed_product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x Wᵀ + b for a W (outputs, inputs) that is packed."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    """multiply, for torch.compile and for autograd, which is told that it has no gradient."""
+    return multiply(x, w, bias)
 
 
 @packed_product.register_fake

@@ -37,12 +37,7 @@ def in_place_of(layer, kind, dtype, **settings):
         return kind(layer.in_features, layer.out_features, dtype, **bias, **settings)
 
 
-# torch.compile cannot trace a product with a packed matrix, unless it is an operator of ours whose shape is told beside
-# it.
-
-
-@torch.library.custom_op("llava::packed_integer_product", mutates_args=())
-def packed_integer_product(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def integer_product(x, w, scale):
     """(x - 128) Wᵀ · scale, float32, for rows x in uint8 and a W (outputs, inputs) in int8 that is packed."""
     x_scale, x_zero, out_scale, out_zero = 1.0, 128, 1.0, 0
     w_zeros, bias = torch.zeros_like(scale, dtype=torch.int64), None
@@ -50,6 +45,16 @@ def packed_integer_product(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor
     return torch.ops.onednn.qlinear_pointwise(
         x, x_scale, x_zero, w, scale, w_zeros, bias, out_scale, out_zero, torch.float32, *after
     )
+
+
+# torch.compile cannot trace a product with a packed matrix, unless it is an operator of ours whose shape is told beside
+# it. To call it takes as long as a small product, so that elsewhere it is done without.
+
+
+@torch.library.custom_op("llava::packed_integer_product", mutates_args=())
+def packed_integer_product(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """integer_product, for torch.compile."""
+    return integer_product(x, w, scale)
 
 
 @packed_integer_product.register_fake
@@ -158,7 +163,8 @@ class Int8Linear(QuantizedLinear):
         high = y.round()
         low = (y - high) * 254
         integers = torch.cat([high, low.round()]).add(128).to(torch.uint8)  # the kernel subtracts the 128 again
-        high, low = packed_integer_product(integers, self.q, self.scale).chunk(2)
+        product = packed_integer_product if torch.compiler.is_compiling() else integer_product
+        high, low = product(integers, self.q, self.scale).chunk(2)
         return ((high + low / 254) * size).to(x.dtype)
 
 

@@ -25,7 +25,7 @@ def test_it_is_the_product_in_float32(dtype, sides, rows, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         held = fbgemm.hold(w)
         assert len(held.pieces) == min(3, max(1, w.numel() // piece))
-        found = fbgemm.product(x, held, sides[0])
+        found = fbgemm.product(x, held.number, sides[0])
         assert found.dtype == torch.float32 and held.nbytes == 2 * w.numel()
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -43,7 +43,7 @@ def test_a_number_of_sixteen_bits_that_is_a_float16_stays_what_it_is():
 
 def test_a_matrix_is_forgotten_with_its_layer():
     held = fbgemm.hold(torch.randn(8, 8).half())
-    number = held.number
+    number = int(held.number)
     assert number in fbgemm.HELD
     del held
     gc.collect()
@@ -54,7 +54,7 @@ def test_torch_compile_sees_an_operator():
     """Of the right shape and dtype, by the number of the matrix."""
     w, x = torch.randn(70, 33).half(), torch.randn(3, 33)
     held = fbgemm.hold(w)
-    found = torch.compile(lambda x: fbgemm.product(x, held, 70) * 2, fullgraph=True, backend="eager")(x)
+    found = torch.compile(lambda x: fbgemm.product(x, held.number, 70) * 2, fullgraph=True, backend="eager")(x)
     torch.testing.assert_close(found, 2 * F.linear(x, w.float()), rtol=1e-4, atol=1e-4)
 
 

@@ -29,8 +29,9 @@ def holds(layer, weight):
     return torch.equal(rows, weight.half().float()) and (rows - weight.float()).abs().max() <= 3e-8
 
 
+@pytest.mark.parametrize("gradients", [False, True])  # with them by an operator of ours, without them directly
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_packed_layer_is_the_linear_layer(kind, bias):
+def test_a_packed_layer_is_the_linear_layer(kind, bias, gradients):
     linear = torch.nn.Linear(96, 80, bias=bias, dtype=torch.bfloat16)
     layer = kind(96, 80, torch.bfloat16, bias)
     layer.take_weight(linear.weight.detach(), torch.device("cpu"))
@@ -41,7 +42,8 @@ def test_a_packed_layer_is_the_linear_layer(kind, bias):
     for shape in ((1, 96), (2, 5, 96), (577, 96)):
         x = torch.randn(shape).bfloat16()
         exact = F.linear(x.double(), *(p.double() for p in linear.parameters()))
-        torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=1e-2)
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(layer(x).double(), exact, rtol=1e-2, atol=1e-2)
 
 
 def test_packing_goes_on_while_the_next_matrix_is_read(monkeypatch):

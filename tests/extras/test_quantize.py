@@ -103,11 +103,11 @@ def test_a_kernel_that_saturates_is_not_taken(monkeypatch):
         pairs = (x.int()[:, None] * w.int()).unflatten(2, (-1, 2)).sum(3).clamp(-(2**15), 2**15 - 1)
         return ((pairs.sum(2) - 128 * w.int().sum(1)) * scale).float()
 
-    monkeypatch.setattr(quantize, "packed_integer_product", product)
+    monkeypatch.setattr(quantize, "integer_product", product)
     monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", lambda q, shape: q)
     check = quantize.works.__wrapped__
     assert not check(quantize.Int8Linear, "onednn", torch.bfloat16)
-    monkeypatch.setattr(quantize, "packed_integer_product", lambda x, w, s: (x.float() - 128) @ w.float().T * s.float())
+    monkeypatch.setattr(quantize, "integer_product", lambda x, w, s: (x.float() - 128) @ w.float().T * s.float())
     assert check(quantize.Int8Linear, "onednn", torch.bfloat16)
 
 

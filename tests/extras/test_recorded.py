@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llava
-from extras import recorded
+from extras import fbgemm, packed, recorded, speed
 
 
 @pytest.mark.parametrize("window", [1, 4, 16, 1000])
@@ -82,27 +82,49 @@ def test_a_missing_compiler_is_said_in_a_sentence(monkeypatch):
 
 
 @pytest.fixture
-def compiled(checkpoints, family, monkeypatch):
-    """(a model whose step is recorded in windows of 16, the plain model, its processor, the number of recordings)."""
+def eager(monkeypatch):
+    """The number of recordings. What is recorded and when is the same without a compiler, and takes no time."""
     compile = torch.compile
-    # what is recorded and when is the same without a compiler, and takes no time
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
     monkeypatch.setattr(recorded, "check_compiler", lambda device: None)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiled(checkpoints, family, monkeypatch, eager):
+    """(a model whose step is recorded in windows of 16, the plain model, its processor, the number of recordings)."""
     monkeypatch.setattr(recorded, "WINDOW", 16)
     settings = dict(device="cpu", dtype="float32")
     plain, processor = llava.load(str(checkpoints[family]), **settings)
     fast, _ = llava.load(str(checkpoints[family]), **settings, compile=True)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield fast, plain, processor, lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert not torch._dynamo.utils.counters["graph_break"]
-    torch._dynamo.reset()
+    return fast, plain, processor, eager
 
 
 def of_length(processor, length, rows=1):
     ids = processor("USER: hello how are you")["input_ids"][0]
     ids = ids.repeat(length // len(ids) + 1)[:length]
     return {"input_ids": ids.repeat(rows, 1)}
+
+
+@pytest.mark.parametrize("products", packed.KINDS)
+def test_packed_matrices_are_recorded_once_for_all_blocks(checkpoints, monkeypatch, eager, products):
+    """Though each of them is another one: torch compiles anew for another int, and stops after eight of them."""
+    if not {"packed": packed.PackedLinear.works(torch.bfloat16), "packed by FBGEMM": fbgemm.works()}[products]:
+        pytest.skip("this processor does not multiply bfloat16 so")
+    monkeypatch.setattr(packed, "kinds", lambda dtype: {products: packed.KINDS[products]})
+    monkeypatch.setitem(speed.FIXED, "products", products)
+    folder, settings = str(checkpoints["llama"]), dict(device="cpu", dtype="bfloat16")
+    with torch.inference_mode():
+        plain, processor = llava.load(folder, **settings)
+        fast, _ = llava.load(folder, **settings, compile=True)
+        assert isinstance(fast.llama.head, packed.KINDS[products])
+        inputs = processor("USER: hello ASSISTANT:")
+        assert torch.equal(fast.generate(**inputs, max_new_tokens=6), plain.generate(**inputs, max_new_tokens=6))
+    assert len(fast.llama.blocks) > 1 and eager() == 1
 
 
 @pytest.mark.slow
