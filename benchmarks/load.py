@@ -1,4 +1,5 @@
-"""From nothing to a model, and to its first token, in fresh processes with their imports; and the peak of the memory.
+"""From nothing to a model, and to its first word about a picture, in fresh processes with their imports; and the peak
+of the memory.
 
     python benchmarks/load.py
     python benchmarks/load.py --model 13b --layers 40 --rounds 1 --sides "ours int4"
@@ -17,11 +18,13 @@ import peers
 
 
 def measure(name, folder):
-    """In a process of its own, whose start the caller has noted: when the model was there, when it had said a token."""
+    """In a process of its own, whose start the caller has noted: when the model was there, when it had read a picture
+    and twenty words, behind which its first one is known.
+    """
     kind, settings = peers.SIDES[name]
     side = peers.KINDS[kind](folder, **settings)
     loaded = time.time()
-    side.decode(1)
+    side.prefill(20)
     size = peers.nbytes(side.model)
     print(json.dumps({"loaded": loaded, "said": time.time(), "peak": peers.full_size.high_water(), "bytes": size}))
 
@@ -46,7 +49,7 @@ def main():
     finally:
         folder.cleanup()
     print(f"{peers.machine()}; {peers.what(options)} and the whole tower\n")
-    columns = ["side", "loaded, s", "of transformers'", "first token, s", "of transformers'"]
+    columns = ["side", "loaded, s", "of transformers'", "first word about a picture, s", "of transformers'"]
     print(f"| {' | '.join([*columns, 'weights, GB', 'peak, GB', 'peak / weights'])} |")
     print(f"|{'---|' * 8}")
     for name, runs in results.items():

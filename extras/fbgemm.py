@@ -38,7 +38,8 @@ def hold(w):
 
     A bfloat16 below 2^-17 may lose bits, 3e-8 at most. It takes as long as a hundred words of an answer.
     """
-    if not w.abs().amax() <= LARGEST:
+    least, most = w.aminmax()
+    if not -LARGEST <= least <= most <= LARGEST:  # nor if one is NaN
         return None
     pieces = w.chunk(max(1, min(PIECES, torch.get_num_threads(), w.numel() // PIECE)))
     with ThreadPoolExecutor(len(pieces)) as pool:

@@ -81,8 +81,7 @@ class HalfLinear(PackedLinear):
     def forward(self, x):
         if self.held is None:
             return F.linear(x, self.w, self.bias)
-        rows = x.flatten(0, -2).contiguous()
-        y = fbgemm.product(rows, self.held.number, self.out_features).to(x.dtype).unflatten(0, x.shape[:-1])
+        y = fbgemm.product(x, self.held.number, self.out_features).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     @staticmethod

@@ -26,10 +26,10 @@ from extras import attention, memory, packed, parallel, quantize, recorded, thre
 
 FIXED = {}  # question → the way that is taken without timing any, as {"one query": "fused call", "8 bits": "plain"}
 MARGIN = 0.9  # of the plain way's time: what does not stay below is not worth another rounding
-STEPS, PROMPT = 100, 256  # what is timed: so many words of an answer, behind so many positions of a prompt
+STEPS, PROMPT = 100, 256  # what is timed: so many words of an answer, behind a picture or so many positions at least
 FEW = (4, 16, 64)  # rows of several answers side by side, up to which a kernel for one may still be faster
 KEYS = 700  # positions that one query looks at: a picture and some words
-NUMBERS = {"few": 48_000_000, "many": 4_000_000}  # of a matrix that is timed with few rows or with many, at most
+NUMBERS = {"few": 16_000_000, "many": 4_000_000, "laid out": 8_000_000}  # of a matrix that is timed so, at most
 STREAMED = 64e6  # bytes of its copies, so that a vector's product reads memory, as in an answer, and not a cache
 COPIES = 32  # at most
 ROUNDS = 3  # of all ways in turn, the best counts
@@ -62,12 +62,12 @@ def prepare(model, found, device, dtype, quantize_to, compile):
     parallel.deal(bool(quantize_to or compile) or too_large(model, device, dtype) is None)
     if parallel.in_group():
         parallel.split(model.llama, dtype)
-    timed, shape = device.type == "cpu" and dtype.itemsize == 2, largest(model)
+    timed, shape, positions = device.type == "cpu" and dtype.itemsize == 2, *sizes(model)
     if quantize_to is not None:
         settings = functools.cache(lambda kind: fastest_kernel(kind, shape, dtype, ways) if timed else {})
         quantize.quantize_layers(model.llama, quantize_to, dtype, settings)
     answers_only = (compile or torch.is_inference_mode_enabled()) and not parallel.in_group()
-    if answers_only and timed and (kind := fastest_product(shape, dtype, ways)) is not nn.Linear:
+    if answers_only and timed and (kind := fastest_product(shape, positions, dtype, ways)) is not nn.Linear:
         quantize.replace_layers(model, kind, dtype)
     check_memory(model, device, dtype)
     if device.type == "cpu":
@@ -134,7 +134,8 @@ def pick_dtype(dtype):
 def fastest_dtype(model, device, stored, quantize_to, ways):
     """What dtype="auto" means. A GPU takes the checkpoint's own, but float16 for bfloat16 if it has no units for that
     and would emulate it, as a T4 or a V100. A CPU takes float32, unless the model is so large that reading its weights
-    is what takes the time, and bfloat16 is faster there. The kernels of quantised weights take bfloat16 alone.
+    is what takes the time and bfloat16 is faster there, or so large that there is no memory for it. The kernels of
+    quantised weights take bfloat16 alone.
     """
     if device.type == "cuda" and stored == torch.bfloat16:
         with contextlib.nullcontext() if device.index is None else torch.cuda.device(device):
@@ -145,13 +146,18 @@ def fastest_dtype(model, device, stored, quantize_to, ways):
         return torch.float32
     if quantize_to:
         return torch.bfloat16
-    shape = largest(model)
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    answers = {name: functools.partial(answer, nn.Linear, shape, dtype) for name, dtype in dtypes.items()}
-    if torch.is_inference_mode_enabled():
-        for name, kind in packed.kinds(torch.bfloat16).items():
-            answers[f"bfloat16 {name}"] = functools.partial(answer, kind, shape, torch.bfloat16)
-    return dtypes[fastest("dtype", answers, ways).split()[0]]
+    packs = torch.is_inference_mode_enabled() and not parallel.in_group()
+    kinds = {"plain": nn.Linear, **(packed.kinds(torch.bfloat16) if packs else {})}
+    names = {kind: f"bfloat16 {kind}".removesuffix(" plain") for kind in kinds}
+    answers = {names[kind]: functools.partial(answer, *sizes(model), kinds[kind], torch.bfloat16) for kind in kinds}
+    if too_large(model, device, torch.float32) is None:
+        answers = {"float32": functools.partial(answer, *sizes(model), nn.Linear, torch.float32), **answers}
+    times = {} if "dtype" in FIXED else race(answers)
+    if decide("dtype", answers, times, ways) == "float32":
+        return torch.float32
+    if packs and times:  # they were timed with it
+        decide("products", kinds, {kind: times[names[kind]] for kind in kinds}, ways)
+    return torch.bfloat16
 
 
 def main_dtype(model, found):
@@ -198,11 +204,16 @@ def fastest(question, ways, taken):
     ways: {name: a function that prepares a way and returns another one, which returns how long it took, in seconds}.
     The first way is the plain one.
     """
+    return decide(question, ways, {} if question in FIXED else race(ways), taken)
+
+
+def decide(question, ways, times, taken):
+    """The same once they have been timed: {name: seconds}."""
     plain, name, why = next(iter(ways)), FIXED.get(question), "fixed"
     if name is None:
-        times = race(ways)
         name = min(times, key=lambda each: times[each] * (1 if each == plain else 1 / MARGIN))
         why = ", ".join(f"{each} {1000 * seconds:.3g} ms" for each, seconds in times.items())
+        why = why if len(times) > 1 else "there is no other"
     name = parallel.agreed(name)
     if name not in ways:
         raise ValueError(f"speed.FIXED has {name!r} for {question!r}; there is {', '.join(ways)} here")
@@ -226,29 +237,39 @@ def race(ways):
     return {**times, **{name: min(each[name] for each in rounds) for name in trials}}
 
 
-def answer(kind, shape, dtype):
-    """One matrix's share of an answer: a function that takes its time, in seconds; to lay it out is part of it."""
-    (made, step), (_, prompt) = (filled(rows, kind, shape, dtype) for rows in (1, PROMPT))
-    return lambda: made + STEPS * step() + prompt()
+def answer(shape, positions, kind, dtype):
+    """A matrix's share of an answer behind a prompt: a function that takes its time, in seconds. To lay it out is part
+    of it, and is done anew each time, lest what disturbs the machine at that moment decides.
+    """
+    step, prompt = (rows_at_once(rows, kind, shape, dtype) for rows in (1, PROMPT))
+    return lambda: laid_out(kind, shape, dtype) + STEPS * step() + prompt() * positions / PROMPT
+
+
+def laid_out(kind, shape, dtype):
+    """Seconds to lay a matrix out, as one part of it says."""
+    (inputs, outputs), part = shape, part_of(shape, "laid out")
+    begin = time.perf_counter()
+    layer_of_ones(kind, inputs, part, dtype)
+    return (time.perf_counter() - begin) * outputs / part
 
 
 def rows_at_once(rows, kind, shape, dtype, **settings):
-    """The same of a single product with so many rows."""
-    return filled(rows, kind, shape, dtype, **settings)[1]
-
-
-def filled(rows, kind, shape, dtype, **settings):
-    """Layers of a kind that hold ones → the seconds that it takes to make one, and a function that takes the time of a
-    product with so many rows. For many of them a part of a matrix will do: computing takes the time, not reading.
+    """A function that takes the time of a product with so many rows, in seconds. With many of them a small part of a
+    matrix will do: computing takes the time, not reading.
     """
     (inputs, outputs), few = shape, rows <= FEW[0]
-    part = min(outputs, max(64, NUMBERS["few" if few else "many"] // inputs))
+    part = part_of(shape, "few" if few else "many")
     size = inputs * part * dtype.itemsize * getattr(kind, "BITS", 16) / 16
     copies = min(COPIES, math.ceil(STREAMED / size)) if few else 1
-    begin = time.perf_counter()
     layers = [layer_of_ones(kind, inputs, part, dtype, **settings) for _ in range(copies)]
-    made, x = (time.perf_counter() - begin) / copies, torch.ones(rows, inputs, dtype=dtype)
-    return made * outputs / part, lambda: product(layers, x) * outputs / part
+    x = torch.ones(rows, inputs, dtype=dtype)
+    return lambda: product(layers, x) * outputs / part
+
+
+def part_of(shape, timed):
+    """How many rows of W are enough to time a matrix of this shape."""
+    inputs, outputs = shape
+    return min(outputs, max(64, NUMBERS[timed] // inputs))
 
 
 def layer_of_ones(kind, inputs, outputs, dtype, **settings):
@@ -271,6 +292,11 @@ def product(layers, x):
     return (time.perf_counter() - begin) / len(layers)
 
 
+def sizes(model):
+    """What an answer takes its time for: the sides of the matrix that counts most, and the positions of a picture."""
+    return largest(model), max(PROMPT, model.vision.grid**2)
+
+
 def largest(model):
     """(inputs, outputs) of the matrix that holds most of a language model's numbers."""
     sizes = {}
@@ -281,11 +307,13 @@ def largest(model):
     return max(sizes, key=sizes.get)
 
 
-def fastest_product(shape, dtype, ways):
+def fastest_product(shape, positions, dtype, ways):
     """nn.Linear, or a kind of packed layer where that is faster."""
     kinds = {"plain": nn.Linear, **packed.kinds(dtype)}
-    answers = {name: functools.partial(answer, kind, shape, dtype) for name, kind in kinds.items()}
-    return kinds[fastest("products", answers, ways)]
+    if "products" not in ways:  # else they were timed with the dtype
+        answers = {name: functools.partial(answer, shape, positions, kinds[name], dtype) for name in kinds}
+        fastest("products", answers, ways)
+    return kinds[ways["products"][0]]
 
 
 def fastest_kernel(kind, shape, dtype, ways):

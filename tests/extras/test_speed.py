@@ -115,10 +115,10 @@ def test_a_kernel_serves_as_many_rows_as_it_is_faster_for(monkeypatch):
 class Recorder(torch.nn.Linear):
     """Notes how many rows it multiplies; by a clock of its own it takes 5 seconds to be laid out."""
 
-    rows, clock = [], [0]
+    rows, clock, seconds = [], [0], 5
 
     def pack(self):
-        self.clock[0] += 5
+        self.clock[0] += self.seconds
 
     def forward(self, x):
         self.rows.append((len(x), self.out_features, id(self)))
@@ -128,8 +128,24 @@ class Recorder(torch.nn.Linear):
 @torch.inference_mode()
 def test_an_answer_begins_with_laying_its_matrix_out(monkeypatch):
     monkeypatch.setattr(speed.time, "perf_counter", lambda: Recorder.clock[0])
-    assert speed.answer(Recorder, (64, 64), torch.float32)() == 5
-    assert speed.answer(torch.nn.Linear, (64, 64), torch.float32)() == 0
+    assert speed.answer((64, 64), 256, Recorder, torch.float32)() == 5
+    assert speed.answer((64, 64), 256, torch.nn.Linear, torch.float32)() == 0
+    slow = speed.answer((64, 64), 256, Recorder, torch.float32)
+    monkeypatch.setattr(Recorder, "seconds", 90)
+    assert slow() == 90
+    monkeypatch.setattr(Recorder, "seconds", 1)  # what had disturbed it is over
+    assert slow() == 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("grid, positions", [(1, 256), (16, 256), (24, 576)])
+def test_an_answer_stands_behind_a_picture(monkeypatch, large, grid, positions):
+    seconds = {1: 3, speed.PROMPT: 512}  # of a word, and of so many positions
+    monkeypatch.setattr(speed, "rows_at_once", lambda rows, *_: lambda: seconds[rows])
+    monkeypatch.setattr(speed, "laid_out", lambda *_: 0)
+    large.vision.grid = grid
+    assert speed.sizes(large) == ((1024, 64000), positions)
+    assert speed.answer(*speed.sizes(large), torch.nn.Linear, torch.float32)() == 300 + 2 * positions
 
 
 @torch.inference_mode()
@@ -149,6 +165,70 @@ def test_what_is_timed_has_the_sides_of_the_matrix_that_counts_most():
     with torch.device("meta"):
         model = llava.Llava(llava.LlavaConfig())
     assert speed.largest(model) == (4096, 11008)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# dtype="auto" on a CPU
+
+
+@pytest.fixture
+def large():
+    """A model on the meta device that is large enough for its dtype to be timed, and has a picture's size."""
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, vocab_size=64000)
+    with torch.device("meta"):
+        return llava.Llava(llava.LlavaConfig(text_config=llama.TextConfig(**text, num_attention_heads=8)))
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """What a race finds, to be filled: {way: seconds}; the races that were held."""
+    found, held = {}, []
+
+    def race(ways):
+        held.append([*ways])
+        return {name: found[name] for name in ways}
+
+    monkeypatch.setattr(speed, "FIXED", {})
+    monkeypatch.setattr(speed, "race", race)
+    monkeypatch.setattr(packed, "kinds", lambda dtype: {"packed": packed.PackedLinear})
+    return found, held
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("wide, half, packs, dtype, products", [
+    (1, 2, 2, torch.float32, None), (2, 1, 1, torch.bfloat16, "plain"), (2, 3, 1, torch.bfloat16, "packed"),
+    (2, 1.9, 1.85, torch.float32, None), (4, 1, 0.5, torch.bfloat16, "packed"), (4, 1, 0.95, torch.bfloat16, "plain"),
+])  # fmt: skip
+def test_the_products_that_were_timed_with_the_dtype_are_not_timed_again(
+    large, seconds, inference, wide, half, packs, dtype, products
+):
+    (found, held), ways = seconds, {}
+    found |= {"float32": wide, "bfloat16": half, "bfloat16 packed": packs}
+    with torch.inference_mode(inference):
+        chosen = speed.fastest_dtype(large, torch.device("cpu"), torch.float16, None, ways)
+        if not inference:  # then nothing is packed
+            assert held == [["float32", "bfloat16"]] and [*ways] == ["dtype"]
+            assert chosen == (torch.bfloat16 if half < speed.MARGIN * wide else torch.float32)
+            return
+        assert chosen == dtype and held == [["float32", "bfloat16", "bfloat16 packed"]]
+        assert ways.get("products", (None,))[0] == products
+        if products:
+            kind = speed.fastest_product(*speed.sizes(large), dtype, ways)
+            assert kind is {"plain": torch.nn.Linear, "packed": packed.PackedLinear}[products] and len(held) == 1
+
+
+def test_a_cpu_takes_sixteen_bits_where_others_do_not_fit(large, seconds, monkeypatch):
+    """However slow they are."""
+    numbers = speed.count_parameters(large)
+    seconds[0].update({"float32": 1, "bfloat16": 9})
+    for room, dtype in ((4 * numbers, torch.float32), (4 * numbers - 1, torch.bfloat16)):
+        monkeypatch.setattr(speed.memory, "limit", lambda processes, room=room: (room, "this machine"))
+        assert speed.fastest_dtype(large, torch.device("cpu"), torch.float16, None, {}) == dtype
+
+
+def test_a_way_without_another_says_so():
+    noted = {}
+    assert speed.fastest("q", {"plain": None}, noted) == "plain" and noted == {"q": ("plain", "there is no other")}
 
 
 # ----------------------------------------------------------------------------------------------------------------
