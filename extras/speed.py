@@ -12,6 +12,7 @@ command gives the same words twice.
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import os
 import sys
@@ -29,8 +30,8 @@ MARGIN = 0.9  # of the plain way's time: what does not stay below is not worth a
 STEPS, PROMPT = 100, 256  # what is timed: so many words of an answer, behind a picture or so many positions at least
 FEW = (4, 16, 64)  # rows of several answers side by side, up to which a kernel for one may still be faster
 KEYS = 700  # positions that one query looks at: a picture and some words
-NUMBERS = {"few": 16_000_000, "many": 4_000_000, "laid out": 8_000_000}  # of a matrix that is timed so, at most
-STREAMED = 64e6  # bytes of its copies, so that a vector's product reads memory, as in an answer, and not a cache
+NUMBERS = {"few": 20_000_000, "many": 4_000_000}  # of a matrix that is timed with few rows or with many, at most
+STREAMED = 96e6  # bytes of its copies, so that a vector's product reads memory, as in an answer, and not a cache
 COPIES = 32  # at most
 ROUNDS = 3  # of all ways in turn, the best counts
 HOPELESS = 0.1, 4  # over so many seconds and so many times as long as another way: not tried again
@@ -239,37 +240,31 @@ def race(ways):
 
 def answer(shape, positions, kind, dtype):
     """A matrix's share of an answer behind a prompt: a function that takes its time, in seconds. To lay it out is part
-    of it, and is done anew each time, lest what disturbs the machine at that moment decides.
+    of it: the fastest of several times, lest what disturbs the machine at that moment decides.
     """
-    step, prompt = (rows_at_once(rows, kind, shape, dtype) for rows in (1, PROMPT))
-    return lambda: laid_out(kind, shape, dtype) + STEPS * step() + prompt() * positions / PROMPT
-
-
-def laid_out(kind, shape, dtype):
-    """Seconds to lay a matrix out, as one part of it says."""
-    (inputs, outputs), part = shape, part_of(shape, "laid out")
-    begin = time.perf_counter()
-    layer_of_ones(kind, inputs, part, dtype)
-    return (time.perf_counter() - begin) * outputs / part
+    (made, step), (_, prompt) = (filled(rows, kind, shape, dtype) for rows in (1, PROMPT))
+    return lambda: made + STEPS * step() + prompt() * positions / PROMPT
 
 
 def rows_at_once(rows, kind, shape, dtype, **settings):
-    """A function that takes the time of a product with so many rows, in seconds. With many of them a small part of a
-    matrix will do: computing takes the time, not reading.
+    """The same of a single product with so many rows."""
+    return filled(rows, kind, shape, dtype, **settings)[1]
+
+
+def filled(rows, kind, shape, dtype, **settings):
+    """Layers of a kind that hold ones → the seconds that it takes to make one, and a function that takes the time of a
+    product with so many rows. For many of them a part of a matrix will do: computing takes the time, not reading.
     """
     (inputs, outputs), few = shape, rows <= FEW[0]
-    part = part_of(shape, "few" if few else "many")
+    part = min(outputs, max(64, NUMBERS["few" if few else "many"] // inputs))
     size = inputs * part * dtype.itemsize * getattr(kind, "BITS", 16) / 16
     copies = min(COPIES, math.ceil(STREAMED / size)) if few else 1
-    layers = [layer_of_ones(kind, inputs, part, dtype, **settings) for _ in range(copies)]
-    x = torch.ones(rows, inputs, dtype=dtype)
-    return lambda: product(layers, x) * outputs / part
-
-
-def part_of(shape, timed):
-    """How many rows of W are enough to time a matrix of this shape."""
-    inputs, outputs = shape
-    return min(outputs, max(64, NUMBERS[timed] // inputs))
+    layers, marks = [], [time.perf_counter()]
+    for _ in range(copies):
+        layers.append(layer_of_ones(kind, inputs, part, dtype, **settings))
+        marks.append(time.perf_counter())
+    made, x = min(end - begin for begin, end in itertools.pairwise(marks)), torch.ones(rows, inputs, dtype=dtype)
+    return made * outputs / part, lambda: product(layers, x) * outputs / part
 
 
 def layer_of_ones(kind, inputs, outputs, dtype, **settings):

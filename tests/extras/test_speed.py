@@ -1,6 +1,7 @@
 """What is chosen for a machine changes rounding alone."""
 
 import contextlib
+import itertools
 import re
 import sys
 
@@ -115,10 +116,10 @@ def test_a_kernel_serves_as_many_rows_as_it_is_faster_for(monkeypatch):
 class Recorder(torch.nn.Linear):
     """Notes how many rows it multiplies; by a clock of its own it takes 5 seconds to be laid out."""
 
-    rows, clock, seconds = [], [0], 5
+    rows, clock, seconds = [], [0], itertools.repeat(5)
 
     def pack(self):
-        self.clock[0] += self.seconds
+        self.clock[0] += next(self.seconds)
 
     def forward(self, x):
         self.rows.append((len(x), self.out_features, id(self)))
@@ -130,22 +131,18 @@ def test_an_answer_begins_with_laying_its_matrix_out(monkeypatch):
     monkeypatch.setattr(speed.time, "perf_counter", lambda: Recorder.clock[0])
     assert speed.answer((64, 64), 256, Recorder, torch.float32)() == 5
     assert speed.answer((64, 64), 256, torch.nn.Linear, torch.float32)() == 0
-    slow = speed.answer((64, 64), 256, Recorder, torch.float32)
-    monkeypatch.setattr(Recorder, "seconds", 90)
-    assert slow() == 90
-    monkeypatch.setattr(Recorder, "seconds", 1)  # what had disturbed it is over
-    assert slow() == 1
+    monkeypatch.setattr(Recorder, "seconds", itertools.chain([90, 80], itertools.repeat(5)))  # something disturbed it
+    assert speed.answer((64, 64), 256, Recorder, torch.float32)() == 5
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("grid, positions", [(1, 256), (16, 256), (24, 576)])
 def test_an_answer_stands_behind_a_picture(monkeypatch, large, grid, positions):
     seconds = {1: 3, speed.PROMPT: 512}  # of a word, and of so many positions
-    monkeypatch.setattr(speed, "rows_at_once", lambda rows, *_: lambda: seconds[rows])
-    monkeypatch.setattr(speed, "laid_out", lambda *_: 0)
+    monkeypatch.setattr(speed, "filled", lambda rows, *_: (7, lambda: seconds[rows]))
     large.vision.grid = grid
     assert speed.sizes(large) == ((1024, 64000), positions)
-    assert speed.answer(*speed.sizes(large), torch.nn.Linear, torch.float32)() == 300 + 2 * positions
+    assert speed.answer(*speed.sizes(large), torch.nn.Linear, torch.float32)() == 7 + 300 + 2 * positions
 
 
 @torch.inference_mode()
