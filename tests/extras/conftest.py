@@ -1,15 +1,16 @@
-"""The command line in this process, a model that speaks in words, and some pictures."""
+"""The command line in this process, a model that speaks in words, some pictures, and kinds of packed layers."""
 
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from pictures import make_picture
 from talkers import Screen, make_talker
 
 import llama
 import llava
-from extras import cli
+from extras import cli, fbgemm, packed, speed
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,13 @@ def watch(monkeypatch, ask):
         return screen
 
     return watch
+
+
+@pytest.fixture(params=packed.KINDS)
+def kind(request, monkeypatch):
+    """A kind of packed layer that this machine has, and that load takes without timing any."""
+    if not {"packed": packed.PackedLinear.works(torch.bfloat16), "packed by FBGEMM": fbgemm.works()}[request.param]:
+        pytest.skip("this processor does not multiply bfloat16 so")
+    monkeypatch.setitem(speed.FIXED, "products", request.param)
+    monkeypatch.setattr(packed, "kinds", lambda dtype: {request.param: packed.KINDS[request.param]})
+    return packed.KINDS[request.param]

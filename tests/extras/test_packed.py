@@ -8,17 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import llava
-from extras import fbgemm, packed, speed
-
-
-@pytest.fixture(params=packed.KINDS)
-def kind(request, monkeypatch):
-    """A kind of packed layer that this machine has, and that load takes without timing any."""
-    if not {"packed": packed.PackedLinear.works(torch.bfloat16), "packed by FBGEMM": fbgemm.works()}[request.param]:
-        pytest.skip("this processor does not multiply bfloat16 so")
-    monkeypatch.setitem(speed.FIXED, "products", request.param)
-    monkeypatch.setattr(packed, "kinds", lambda dtype: {request.param: packed.KINDS[request.param]})
-    return packed.KINDS[request.param]
+from extras import fbgemm, packed
 
 
 def holds(layer, weight):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llava
-from extras import fbgemm, packed, recorded, speed
+from extras import recorded
 
 
 @pytest.mark.parametrize("window", [1, 4, 16, 1000])
@@ -110,18 +110,13 @@ def of_length(processor, length, rows=1):
     return {"input_ids": ids.repeat(rows, 1)}
 
 
-@pytest.mark.parametrize("products", packed.KINDS)
-def test_packed_matrices_are_recorded_once_for_all_blocks(checkpoints, monkeypatch, eager, products):
+def test_packed_matrices_are_recorded_once_for_all_blocks(kind, checkpoints, eager):
     """Though each of them is another one: torch compiles anew for another int, and stops after eight of them."""
-    if not {"packed": packed.PackedLinear.works(torch.bfloat16), "packed by FBGEMM": fbgemm.works()}[products]:
-        pytest.skip("this processor does not multiply bfloat16 so")
-    monkeypatch.setattr(packed, "kinds", lambda dtype: {products: packed.KINDS[products]})
-    monkeypatch.setitem(speed.FIXED, "products", products)
     folder, settings = str(checkpoints["llama"]), dict(device="cpu", dtype="bfloat16")
     with torch.inference_mode():
         plain, processor = llava.load(folder, **settings)
         fast, _ = llava.load(folder, **settings, compile=True)
-        assert isinstance(fast.llama.head, packed.KINDS[products])
+        assert isinstance(fast.llama.head, kind)
         inputs = processor("USER: hello ASSISTANT:")
         assert torch.equal(fast.generate(**inputs, max_new_tokens=6), plain.generate(**inputs, max_new_tokens=6))
     assert len(fast.llama.blocks) > 1 and eager() == 1
